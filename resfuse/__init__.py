@@ -1,0 +1,20 @@
+"""Fused residual kernels for PyTorch: train and serve ResNet-like networks in fewer passes over memory."""
+
+from resfuse import backends, functional, models, nn
+from resfuse.fusion import Explanation, explain, fuse, register_block, unfuse
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+
+__version__ = "0.1.0"
+__all__ = [
+    "BatchNorm2dParameters",
+    "Conv2dParameters",
+    "Explanation",
+    "backends",
+    "explain",
+    "functional",
+    "fuse",
+    "models",
+    "nn",
+    "register_block",
+    "unfuse",
+]

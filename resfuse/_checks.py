@@ -1,0 +1,180 @@
+"""What :mod:`resfuse.functional` demands of its arguments, raised before anything is computed or changed.
+
+Messages name the argument, the rule and the value. Types follow stock PyTorch: ValueError for rank and values,
+RuntimeError for channels, TypeError for types and dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resfuse.backends import DTYPES
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+
+ACTIVATIONS = ("relu", "identity")
+
+
+def check_activation_name(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def check_floating(name: str, tensor: Tensor, rank: int | None = None) -> None:
+    """tensor is dense, of a supported dtype and, where asked, of this rank."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if rank is not None and tensor.dim() != rank:
+        raise ValueError(f"{name} must be {rank}D, got {tensor.dim()}D input of shape {tuple(tensor.shape)}")
+
+
+def check_image(name: str, x: Tensor) -> None:
+    """x is (N, C, H, W) of a supported dtype."""
+    check_floating(name, x, 4)
+
+
+def check_residual(residual: Tensor, shape: Sequence[int], x: Tensor, *, cast: bool, name: str = "residual") -> None:
+    """residual has the shape of what it is added to, x's device and, unless autocast will cast it, x's dtype."""
+    check_floating(name, residual)
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"{name} must have x's shape {tuple(shape)}, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {residual.device}")
+    if residual.dtype != x.dtype and not cast:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {residual.dtype}")
+
+
+def check_vector(name: str, vector: Tensor | None, channels: int, device: torch.device) -> None:
+    """vector is absent or (C,), floating, on the activation's device."""
+    if vector is None:
+        return
+    check_floating(name, vector)
+    if vector.dim() != 1 or vector.shape[0] != channels:
+        raise RuntimeError(f"{name} must have shape ({channels},), one value per channel, got {tuple(vector.shape)}")
+    if vector.device != device:
+        raise ValueError(f"{name} must be on x's device {device}, got {vector.device}")
+
+
+def check_eps(name: str, eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"{name} must be positive, got {eps}")
+
+
+def check_batch_norm(bn: BatchNorm2dParameters, shape: Sequence[int], device: torch.device, prefix: str = "") -> None:
+    """bn can normalise an activation of `shape` (N, C, H, W) on `device`."""
+    for field in ("running_mean", "running_var", "weight", "bias"):
+        check_vector(prefix + field, getattr(bn, field), shape[1], device)
+    check_eps(f"{prefix}eps", bn.eps)
+    if bn.momentum is not None and not 0 <= bn.momentum <= 1:
+        raise ValueError(f"{prefix}momentum must be None or in [0, 1], got {bn.momentum}")
+    if (bn.running_mean is None) != (bn.running_var is None):
+        raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given together or not at all")
+    if not bn.training:
+        if bn.running_mean is None:
+            raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given when training is False")
+        return
+    batches = bn.num_batches_tracked
+    if batches is not None and (batches.dtype != torch.int64 or batches.numel() != 1 or batches.device != device):
+        raise TypeError(
+            f"{prefix}num_batches_tracked must be one int64 on {device}, got {batches.numel()} of {batches.dtype} "
+            f"on {batches.device}"
+        )
+    if shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(shape)}")
+
+
+def check_norms(
+    x: Tensor,
+    shape: Sequence[int],
+    bn: BatchNorm2dParameters,
+    residual: Tensor | None,
+    residual_bn: BatchNorm2dParameters | None,
+    *,
+    cast: bool,
+) -> None:
+    """bn, and a residual with or without its own normalisation, fit an activation of `shape` with x's device."""
+    check_batch_norm(bn, shape, x.device)
+    if residual is not None:
+        check_residual(residual, shape, x, cast=cast)
+    if residual_bn is not None:
+        if residual is None:
+            raise ValueError("residual must be given with residual_bn, got None")
+        check_batch_norm(residual_bn, shape, x.device, "residual ")
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[-1])
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int | str, dilation: int) -> int:
+    if padding == "same":
+        return size
+    pad = 0 if isinstance(padding, str) else padding
+    return (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def check_conv(
+    conv: Conv2dParameters, shape: Sequence[int], x: Tensor, *, cast: bool, prefix: str = ""
+) -> tuple[int, int, int, int]:
+    """conv can read an activation of `shape` with x's device and, unless autocast casts it, dtype; its output's shape."""
+    weight, bias = conv.weight, conv.bias
+    check_floating(f"{prefix}weight", weight, 4)
+    for name, tensor in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        if tensor.dtype != x.dtype and not cast:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    if shape[1] != weight.shape[1] * conv.groups:
+        raise RuntimeError(
+            f"{prefix}weight of shape {tuple(weight.shape)} with groups={conv.groups} must be given "
+            f"{weight.shape[1] * conv.groups} channels, got an input of shape {tuple(shape)}"
+        )
+    if weight.shape[0] % conv.groups != 0:
+        raise RuntimeError(f"{prefix}groups must divide the {weight.shape[0]} output channels, got {conv.groups}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise RuntimeError(f"{prefix}bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
+    padding = (conv.padding, conv.padding) if isinstance(conv.padding, str) else _pair(conv.padding)
+    height, width = (
+        _output_size(shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)
+    )
+    if height < 1 or width < 1:
+        raise RuntimeError(
+            f"{prefix}weight of shape {tuple(weight.shape)} must fit into the padded input, got an input of shape "
+            f"{tuple(shape)} with padding={conv.padding}"
+        )
+    return shape[0], weight.shape[0], height, width
+
+
+def check_chain(
+    x: Tensor,
+    layers: Sequence[tuple[Conv2dParameters, BatchNorm2dParameters]],
+    shortcut: Tensor | tuple[Conv2dParameters, BatchNorm2dParameters] | None,
+    *,
+    cast: bool,
+) -> None:
+    """A residual unit fits together: every convolution its input, every normalisation, and the shortcut the last."""
+    check_image("x", x)
+    shape: Sequence[int] = x.shape
+    for i, (conv, bn) in enumerate(layers, 1):
+        shape = check_conv(conv, shape, x, cast=cast, prefix=f"conv{i}.")
+        check_batch_norm(bn, shape, x.device, f"bn{i}.")
+    if isinstance(shortcut, Tensor):
+        check_residual(shortcut, shape, x, cast=cast, name="shortcut")
+        return
+    found: Sequence[int] = x.shape
+    if shortcut is not None:
+        found = check_conv(shortcut[0], x.shape, x, cast=cast, prefix="shortcut conv.")
+        check_batch_norm(shortcut[1], found, x.device, "shortcut bn.")
+    if tuple(found) != tuple(shape):
+        raise ValueError(f"shortcut must have the residual branch's shape {tuple(shape)}, got {tuple(found)}")

@@ -1,0 +1,87 @@
+"""Which backend serves which unit: what is available, and the choice for one call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from resfuse import ops
+
+BACKENDS = ("native", "triton", "reference")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# The units that each native library implements. bn_act is moments, finalize and scale_shift_act.
+_NATIVE_UNITS = {
+    "cpu": frozenset({"add_relu", "moments", "finalize", "scale_shift_act", "bn_act"}),
+    "cuda": frozenset({"add_relu"}),
+}
+
+
+class Status(NamedTuple):
+    """Whether a backend can be used on a kind of device, and why not."""
+
+    backend: str
+    device: str
+    available: bool
+    reason: str
+
+
+def available() -> list[Status]:
+    """What this installation can run: one entry for each backend and kind of device.
+
+    Returns:
+        list[Status]: backend, device type, whether it is available, and the reason where it is not.
+    """
+    found = []
+    for device, reason in ops.missing_native.items():
+        if reason is None and device == "cuda" and not torch.cuda.is_available():
+            reason = "torch finds no CUDA device"
+        found.append(Status("native", device, reason is None, reason or ""))
+    found.append(Status("triton", "cuda", False, "this version has no Triton kernels"))
+    found.append(Status("reference", "any", True, ""))
+    return found
+
+
+def missing(unit: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` does not serve `unit` on this device and dtype; None where it does."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return "this version has no Triton kernels"
+    if device not in ops.missing_native:
+        return f"there is no native library for {device}"
+    reason = ops.missing_native[device]
+    if reason is not None:
+        return reason
+    if unit not in _NATIVE_UNITS[device]:
+        return f"the native library for {device} does not have it"
+    if dtype not in DTYPES:
+        return f"it has no kernel for {dtype}"
+    return None
+
+
+def choose(unit: str, device: str, dtype: torch.dtype, requested: str | None = None) -> str:
+    """The backend for one call.
+
+    Args:
+        unit (str): name of the unit or composition.
+        device (str): device type of the activation.
+        dtype (torch.dtype): dtype of the activation.
+        requested (str | None): a backend that must serve the call; None takes the best that does.
+
+    Returns:
+        str: "native", "triton" or "reference".
+
+    Raises:
+        ValueError: `requested` is no backend's name.
+        RuntimeError: the requested backend does not serve this call.
+    """
+    if requested is None:
+        return "native" if missing(unit, "native", device, dtype) is None else "reference"
+    if requested not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {requested!r}")
+    reason = missing(unit, requested, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend={requested!r} does not serve {unit} on {device}: {reason}")
+    return requested

@@ -1,0 +1,416 @@
+"""The public functions: checks, autocast, layout and backend choice around the units and their compositions.
+
+Arguments are checked before anything is computed, so an error leaves running statistics and counters as they were.
+`backend` is None (the best that serves the call), "native", "triton" or "reference"; one that is named and missing
+raises. Under torch.func transforms and forward-mode differentiation, functions run on :mod:`resfuse.reference`.
+
+Every function computes float16 and bfloat16 activations in float32, rounds once at the end, and gives identical bits
+from run to run. Under autocast, residuals follow the convolutions' dtype; normalisation parameters stay as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from resfuse import _checks, reference
+from resfuse.autograd import (
+    AddReLUFunction,
+    BNActFunction,
+    FinalizeFunction,
+    MomentsFunction,
+    ScaleShiftActFunction,
+)
+from resfuse.backends import choose
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse.reference import Shortcut
+
+_NO_BATCH_NORM = (None,) * 6
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is running."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _backend(unit: str, x: Tensor, requested: str | None) -> str:
+    chosen = choose(unit, x.device.type, x.dtype, requested)
+    return "reference" if chosen != "reference" and _transformed() else chosen
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself if it is channels_last or contiguous, else a contiguous copy."""
+    if x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous():
+        return x
+    return x.contiguous()
+
+
+def _beside(residual: Tensor, x: Tensor) -> Tensor:
+    """residual in x's dtype and memory order."""
+    residual = residual.to(x.dtype)
+    if residual.stride() == x.stride():
+        return residual
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tensor:
+    """ReLU of a sum: out = max(x + residual, 0), in one pass, rounded once.
+
+    Args:
+        x (Tensor): any shape; float16, bfloat16, float32 or float64; any strides.
+        residual (Tensor): x's shape, dtype and device.
+        backend (str | None): see the module's description.
+
+    Returns:
+        Tensor: x's shape and dtype; x's memory order where x is dense, else contiguous.
+
+    Raises:
+        TypeError: an argument is no dense floating-point tensor, or residual's dtype is not x's.
+        ValueError: residual's shape or device is not x's, or `backend` is no backend's name.
+        RuntimeError: the requested backend does not serve this call.
+    """
+    _checks.check_floating("x", x)
+    _checks.check_residual(residual, x.shape, x, cast=_autocasts(x))
+    if _backend("add_relu", x, backend) == "reference":
+        return reference.add_relu(x, residual.to(x.dtype))
+    if not torch._prims_common.is_non_overlapping_and_dense_or_false(x):
+        x = x.contiguous()
+    if residual.stride() != x.stride() or residual.dtype != x.dtype:
+        residual = torch.empty_like(x).copy_(residual)
+    return AddReLUFunction.apply(x, residual)
+
+
+def moments(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Per-channel statistics: mean = E[x] and biased var = E[(x - mean)^2] over N, H and W.
+
+    Args:
+        x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
+        backend (str | None): see the module's description.
+
+    Returns:
+        tuple[Tensor, Tensor]: mean and var, (C,), float32, or float64 for float64; NaN where N*H*W is 0.
+
+    Raises:
+        TypeError, ValueError: x is not as described. RuntimeError: the requested backend does not serve this call.
+
+    Numerics: tiles are read twice, around their own mean, and merged pairwise in float64 (Chan, Golub, LeVeque 1979), so
+    the result does not lose digits where |mean| is much larger than the standard deviation.
+    """
+    _checks.check_image("x", x)
+    if _backend("moments", x, backend) == "reference":
+        return reference.moments(x)
+    return MomentsFunction.apply(_dense(x))
+
+
+def finalize(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    count: int = 0,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float | None = 0.1,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalisation as two vectors: scale = weight / sqrt(var + eps), shift = bias - mean * scale.
+
+    Args:
+        mean, var (Tensor): (C,) float32 or float64; var is biased (divided by count).
+        weight, bias (Tensor | None): (C,), any floating dtype; 1 and 0 where absent.
+        eps (float): positive.
+        count (int): values per channel behind mean and var; 0 leaves the running statistics alone.
+        running_mean, running_var (Tensor | None): (C,), updated in place:
+            running <- (1 - momentum) * running + momentum * batch, with var * count / (count - 1), the unbiased one.
+        num_batches_tracked (Tensor | None): () int64, incremented where the running statistics are updated.
+        momentum (float | None): in [0, 1]; None is the cumulative average 1 / num_batches_tracked.
+        backend (str | None): see the module's description.
+
+    Returns:
+        tuple[Tensor, Tensor]: scale and shift, (C,), mean's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; nothing has been updated.
+    """
+    _checks.check_floating("mean", mean, 1)
+    parameters = BatchNorm2dParameters(
+        running_mean, running_var, weight, bias, True, momentum, eps, num_batches_tracked
+    )
+    _checks.check_vector("var", var, mean.shape[0], mean.device)
+    _checks.check_batch_norm(parameters, (2, mean.shape[0], 1, 1), mean.device)
+    if mean.dtype not in (torch.float32, torch.float64) or var.dtype != mean.dtype:
+        raise TypeError(f"mean and var must both be float32 or float64, got {mean.dtype} and {var.dtype}")
+    if _backend("finalize", mean, backend) == "reference":
+        return reference.finalize(
+            mean, var, weight, bias, eps, count=count, running_mean=running_mean, running_var=running_var,
+            num_batches_tracked=num_batches_tracked, momentum=momentum,
+        )  # fmt: skip
+    mean, var = mean.contiguous(), var.contiguous()
+    out = FinalizeFunction.apply(
+        mean, var, weight, bias, eps, count, running_mean, running_var, num_batches_tracked, momentum
+    )
+    _bump_versions(parameters)
+    return out
+
+
+def scale_shift_act(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise, add and activate in one pass: out = act(x*scale + shift + r).
+
+    r is absent, `residual`, or residual*residual_scale + residual_shift.
+
+    Args:
+        x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
+        scale, shift (Tensor): (C,), float32, or float64 beside a float64 x.
+        residual (Tensor | None): x's shape, dtype and device.
+        residual_scale, residual_shift (Tensor | None): (C,) like scale; both or none, and only with a residual.
+        activation (str): "relu" or "identity".
+        backend (str | None): see the module's description.
+
+    Returns:
+        Tensor: (N, C, H, W) in x's dtype; x's memory order where x is dense, else contiguous.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described, or the requested backend is missing.
+    """
+    _checks.check_image("x", x)
+    _checks.check_activation_name(activation)
+    vectors = {"scale": scale, "shift": shift, "residual_scale": residual_scale, "residual_shift": residual_shift}
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, vector in vectors.items():
+        _checks.check_vector(name, vector, x.shape[1], x.device)
+        if vector is not None and vector.dtype != wanted:
+            raise TypeError(f"{name} must be {wanted} beside an x of {x.dtype}, got {vector.dtype}")
+    if (residual_scale is None) != (residual_shift is None) or (residual is None and residual_scale is not None):
+        raise ValueError("residual_scale and residual_shift must be given together, and with a residual")
+    if residual is not None:
+        _checks.check_residual(residual, x.shape, x, cast=_autocasts(x))
+    if _backend("scale_shift_act", x, backend) == "reference":
+        return reference.scale_shift_act(x, scale, shift, residual, residual_scale, residual_shift, activation)
+    x = _dense(x)
+    residual = None if residual is None else _beside(residual, x)
+    dense = [None if v is None else v.contiguous() for v in vectors.values()]
+    return ScaleShiftActFunction.apply(x, dense[0], dense[1], residual, dense[2], dense[3], activation == "relu")
+
+
+def _bump_versions(*norms: BatchNorm2dParameters | None) -> None:
+    """Tell autograd that the operators have changed the running statistics, as torch's own in-place operators do."""
+    if torch.compiler.is_compiling():
+        return
+    for bn in norms:
+        if bn is None or not bn.training or bn.running_mean is None:
+            continue
+        for tensor in (bn.running_mean, bn.running_var, bn.num_batches_tracked):
+            if tensor is not None and not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+
+
+def _bn_act(
+    x: Tensor,
+    bn: BatchNorm2dParameters,
+    residual: Tensor | None,
+    residual_bn: BatchNorm2dParameters | None,
+    activation: str,
+    backend: str | None,
+) -> Tensor:
+    """bn_act on checked arguments."""
+    if residual is not None and residual.dtype != x.dtype:
+        residual = residual.to(x.dtype)
+    if _backend("bn_act", x, backend) == "reference":
+        return reference.bn_act(x, bn, residual, residual_bn, activation)
+    x = _dense(x)
+    if residual is not None:
+        residual = _beside(residual, x)
+    running_mean, running_var, weight, bias, *rest = bn
+    other: tuple = _NO_BATCH_NORM
+    other_weight = other_bias = None
+    if residual_bn is not None:
+        other_mean, other_var, other_weight, other_bias, *other_rest = residual_bn
+        other = (other_mean, other_var, *other_rest)
+    out = BNActFunction.apply(
+        x, weight, bias, residual, other_weight, other_bias, running_mean, running_var, *rest, *other,
+        activation == "relu",
+    )  # fmt: skip
+    _bump_versions(bn, residual_bn)
+    return out
+
+
+def bn_act(
+    x: Tensor,
+    bn: BatchNorm2dParameters,
+    residual: Tensor | None = None,
+    residual_bn: BatchNorm2dParameters | None = None,
+    activation: str = "relu",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Batch normalisation, residual and activation: out = act(BN(x) + r).
+
+    BN(x) = (x - mean) / sqrt(var + eps) * weight + bias, with the batch's mean and biased variance if bn.training,
+    else the running ones; r is absent, `residual`, or BN_r(residual). In training the running statistics and the
+    counter are updated in place, as by :class:`torch.nn.BatchNorm2d`.
+
+    Args:
+        x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
+        bn (BatchNorm2dParameters): its vectors are (C,), each of any floating dtype.
+        residual (Tensor | None): x's shape, dtype and device.
+        residual_bn (BatchNorm2dParameters | None): normalises the residual: the raw output of a projection.
+        activation (str): "relu" or "identity".
+        backend (str | None): see the module's description.
+
+    Returns:
+        Tensor: (N, C, H, W) in x's dtype; x's memory order where x is dense, else contiguous. Kept for backward are x,
+        a raw residual, and the output where a residual was added: nothing normalised.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described, there is one value per channel in
+            training, or the requested backend is missing; nothing has been updated.
+    """
+    _checks.check_image("x", x)
+    _checks.check_activation_name(activation)
+    _checks.check_norms(x, x.shape, bn, residual, residual_bn, cast=_autocasts(x))
+    return _bn_act(x, bn, residual, residual_bn, activation, backend)
+
+
+def _conv(x: Tensor, conv: Conv2dParameters) -> Tensor:
+    return F.conv2d(x, *conv)
+
+
+def _residual_chain(
+    x: Tensor,
+    layers: list[tuple[Conv2dParameters, BatchNorm2dParameters]],
+    shortcut: Shortcut,
+    activation: str,
+    backend: str | None,
+) -> Tensor:
+    _checks.check_activation_name(activation)
+    _checks.check_chain(x, layers, shortcut, cast=isinstance(x, Tensor) and _autocasts(x))
+    choose("bn_act", x.device.type, x.dtype, backend)  # a missing backend raises before a running statistic changes
+    residual_bn = None
+    residual = x if shortcut is None else shortcut
+    y = x
+    for conv, bn in layers[:-1]:
+        y = _bn_act(_conv(y, conv), bn, None, None, activation, backend)
+    conv, bn = layers[-1]
+    y = _conv(y, conv)
+    if isinstance(residual, tuple):
+        projection, residual_bn = residual
+        residual = _conv(x, projection)
+    return _bn_act(y, bn, residual, residual_bn, activation, backend)
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: Conv2dParameters,
+    bn: BatchNorm2dParameters,
+    residual: Tensor | None = None,
+    residual_bn: BatchNorm2dParameters | None = None,
+    activation: str = "relu",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolution, batch normalisation, residual and activation: out = act(BN(conv(x)) + r).
+
+    Args:
+        x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
+        conv (Conv2dParameters): weight (K, C / groups, kH, kW) in x's dtype, or any under autocast.
+        bn (BatchNorm2dParameters): its vectors are (K,).
+        residual, residual_bn, activation, backend: as in :func:`bn_act`, with the convolution's output for x.
+
+    Returns:
+        Tensor: (N, K, H', W') in the convolution's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; nothing has been updated.
+    """
+    _checks.check_image("x", x)
+    _checks.check_activation_name(activation)
+    cast = _autocasts(x)
+    shape = _checks.check_conv(conv, x.shape, x, cast=cast, prefix="conv.")
+    _checks.check_norms(x, shape, bn, residual, residual_bn, cast=cast)
+    return _bn_act(_conv(x, conv), bn, residual, residual_bn, activation, backend)
+
+
+def basic_block(
+    x: Tensor,
+    conv1: Conv2dParameters,
+    bn1: BatchNorm2dParameters,
+    conv2: Conv2dParameters,
+    bn2: BatchNorm2dParameters,
+    shortcut: Shortcut = None,
+    activation: str = "relu",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The two-layer residual unit: out = act(BN2(conv2(act(BN1(conv1(x))))) + shortcut).
+
+    Args:
+        x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
+        conv1, conv2 (Conv2dParameters): weights in x's dtype, or any under autocast; each fits its input.
+        bn1, bn2 (BatchNorm2dParameters): vectors of the convolution's output channels.
+        shortcut (Tensor | tuple[Conv2dParameters, BatchNorm2dParameters] | None): what is added: x itself if None, a
+            tensor of the output's shape, or BN(conv(x)), a projection, normalised in the pass that adds it.
+        activation (str): "relu" or "identity", after each normalisation and after the sum.
+        backend (str | None): see the module's description.
+
+    Returns:
+        Tensor: (N, K, H', W') in the convolutions' dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; nothing has been updated.
+
+    Source: He et al. 2015, arXiv:1512.03385, figure 5 left.
+    """
+    return _residual_chain(x, [(conv1, bn1), (conv2, bn2)], shortcut, activation, backend)
+
+
+def bottleneck(
+    x: Tensor,
+    conv1: Conv2dParameters,
+    bn1: BatchNorm2dParameters,
+    conv2: Conv2dParameters,
+    bn2: BatchNorm2dParameters,
+    conv3: Conv2dParameters,
+    bn3: BatchNorm2dParameters,
+    shortcut: Shortcut = None,
+    activation: str = "relu",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The three-layer residual unit: out = act(BN3(conv3(act(BN2(conv2(act(BN1(conv1(x))))))) + shortcut).
+
+    Args:
+        x, shortcut, activation, backend: as in :func:`basic_block`.
+        conv1, conv2, conv3 (Conv2dParameters), bn1, bn2, bn3 (BatchNorm2dParameters): the three layers; the stride may
+            be on the 3x3 convolution (torchvision's "v1.5") or on the first 1x1 (the paper's).
+
+    Returns:
+        Tensor: (N, K, H', W') in the convolutions' dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; nothing has been updated.
+
+    Source: He et al. 2015, arXiv:1512.03385, figure 5 right.
+    """
+    return _residual_chain(x, [(conv1, bn1), (conv2, bn2), (conv3, bn3)], shortcut, activation, backend)

@@ -1,0 +1,210 @@
+"""fuse, unfuse and explain: swapping the classes of blocks that resfuse knows for fused subclasses, and back.
+
+Fusing a model changes the class of its blocks and nothing else: modules, parameters, buffers, hooks and their names
+stay the same objects, so optimizers, state_dicts and wrappers keep working.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resfuse.backends import BACKENDS, missing
+from resfuse.nn import FusedBlock, why_stock_input
+
+M = TypeVar("M", bound=nn.Module)
+
+# Where the fused subclasses of a library's blocks are, by the module that defines the blocks.
+_INTEGRATIONS = {
+    "torchvision.models.resnet": "resfuse.integrations.torchvision",
+    "resfuse.models.resnet": "resfuse.integrations.models",
+    "resfuse.models.cifar": "resfuse.integrations.models",
+}
+_registered: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def register_block(stock: type[nn.Module], fused: type[nn.Module]) -> None:
+    """Let `fuse` swap `stock` for `fused`.
+
+    Args:
+        stock (type): a block's class; subclasses of it are not affected.
+        fused (type): a subclass of one of :mod:`resfuse.nn`'s mixins and of `stock`, in this order, at the top level of
+            a module, so that fused models can be pickled. It must add no state.
+
+    Raises:
+        TypeError: `fused` is not a subclass of both.
+    """
+    if not (issubclass(fused, FusedBlock) and issubclass(fused, stock)):
+        raise TypeError(f"fused must be a subclass of a resfuse.nn mixin and of {stock.__name__}, got {fused!r}")
+    _registered[stock] = fused
+
+
+def _fused_class(stock: type[nn.Module]) -> type[nn.Module] | None:
+    """The fused subclass of exactly this class, importing the integration it belongs to."""
+    if stock not in _registered and stock.__module__ in _INTEGRATIONS:
+        integration = importlib.import_module(_INTEGRATIONS[stock.__module__])
+        return integration.FUSED.get(stock)
+    return _registered.get(stock)
+
+
+def _stock_class(fused: type[nn.Module]) -> type[nn.Module]:
+    """The class that a fused class was made for: the first of its bases that is not a mixin."""
+    return next(base for base in fused.__mro__ if not issubclass(base, FusedBlock))
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """How one block runs: its qualified name ("" is the model itself), its stock class, and why it is not fused."""
+
+    name: str
+    type: str
+    fused: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every block of a model that holds batch normalisation, fused or not, and why not."""
+
+    blocks: tuple[BlockReport, ...]
+
+    def __str__(self) -> str:
+        fused = sum(block.fused for block in self.blocks)
+        lines = [f"{fused} of {len(self.blocks)} blocks fused"]
+        width = max((len(block.name or "(model)") for block in self.blocks), default=0)
+        for block in self.blocks:
+            state = "fused" if block.fused else f"stock: {block.reason}"
+            lines.append(f"  {block.name or '(model)':{width}}  {block.type:12}  {state}")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The blocks as a JSON list of objects with name, type, fused and reason."""
+        return json.dumps([asdict(block) for block in self.blocks], indent=1)
+
+
+def _why_not_fused(module: nn.Module) -> str | None:
+    """Why a block would run its stock forward if called now with activations in its parameters' device and dtype."""
+    reason = type(module).why_stock_children(module)  # type: ignore[attr-defined]
+    parameter = next(module.parameters(recurse=True), None)
+    if reason is not None or parameter is None or parameter.device.type == "meta":
+        return reason
+    return why_stock_input(parameter.device.type, parameter.dtype, module._resfuse_backend)  # type: ignore[arg-type]
+
+
+def explain(model: nn.Module) -> Explanation:
+    """How each block of a model runs now.
+
+    Args:
+        model (nn.Module): any model, fused or not. Nothing is changed.
+
+    Returns:
+        Explanation: one entry for each block that resfuse knows and for each other module that directly holds batch
+        normalisation; as text through str(), as JSON through .to_json().
+    """
+    reports, inside = [], set()
+    for name, module in model.named_modules():
+        kind = type(module)
+        if isinstance(module, FusedBlock):
+            reason = _why_not_fused(module)
+            reports.append(BlockReport(name, _stock_class(kind).__name__, reason is None, reason or ""))
+        elif (fused := _fused_class(kind)) is not None:
+            reason = fused.why_stock_children(module) or "fuse() has not been applied to it"  # type: ignore[attr-defined]
+            reports.append(BlockReport(name, kind.__name__, False, reason))
+        elif id(module) not in inside and any(isinstance(child, _BatchNorm) for child in module.children()):
+            reports.append(BlockReport(name, kind.__name__, False, f"resfuse has no fused {kind.__name__}"))
+            continue
+        else:
+            continue
+        inside.update(id(child) for child in module.children())  # a block answers for its projection
+    return Explanation(tuple(reports))
+
+
+def fuse(
+    model: M,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    backend: str | None = None,
+    strict: bool = False,
+) -> M:
+    """Fuse the blocks of a model in place; parameters, buffers and hooks stay the same objects.
+
+    Known blocks: BasicBlock, Bottleneck and the stem of torchvision's ResNets and of :mod:`resfuse.models`, and those
+    given to :func:`register_block`. A block whose children it cannot replace (another normalisation, a hook, a
+    parametrization) stays stock, and so does, call by call, a block on a device or in a dtype that no backend serves;
+    :func:`explain` says why. Call it after loading weights and before torch.compile, DDP or FSDP.
+
+    Args:
+        model (nn.Module): changed in place.
+        filter_fn (Callable[[nn.Module, str], bool] | None): given a block and its qualified name, whether to fuse it.
+        backend (str | None): "native", "triton" or "reference" for every fused block; None chooses at each call.
+        strict (bool): raise if a block that holds batch normalisation would stay stock.
+
+    Returns:
+        nn.Module: the same object.
+
+    Raises:
+        TypeError: `model` is no nn.Module. ValueError: `backend` is no backend's name, or `strict` and a block would
+        stay stock; RuntimeError: the backend is missing on the model's device. The model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    _check_backend(model, backend)
+    plan = []
+    for name, module in model.named_modules():
+        known = type(module) if isinstance(module, FusedBlock) else _fused_class(type(module))
+        if known is None or (filter_fn is not None and not filter_fn(module, name)):
+            continue
+        if known.why_stock_children(module) is None:  # type: ignore[attr-defined]
+            plan.append((module, known))
+    if strict:
+        _raise_if_left(model, {id(module) for module, _ in plan})
+    for module, known in plan:
+        module.__class__ = known
+        module._resfuse_backend = backend
+    return model
+
+
+def _check_backend(model: nn.Module, backend: str | None) -> None:
+    if backend is None:
+        return
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    for parameter in model.parameters():
+        reason = missing("bn_act", backend, parameter.device.type, parameter.dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend={backend!r} does not serve this model on {parameter.device.type}: {reason}")
+
+
+def _raise_if_left(model: nn.Module, planned: set[int]) -> None:
+    modules = dict(model.named_modules())
+    left = [b for b in explain(model).blocks if id(modules[b.name]) not in planned]
+    if left:
+        lines = "; ".join(f"{b.name or '(model)'}: {b.reason or 'excluded by filter_fn'}" for b in left)
+        raise ValueError(f"strict=True, but {len(left)} blocks would stay stock: {lines}")
+
+
+def unfuse(model: M) -> M:
+    """Undo :func:`fuse` in place: every fused block gets its stock class back.
+
+    Args:
+        model (nn.Module): changed in place; parameters and buffers stay the same objects.
+
+    Returns:
+        nn.Module: the same object.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            module.__dict__.pop("_resfuse_backend", None)
+            module.__class__ = _stock_class(type(module))
+    return model

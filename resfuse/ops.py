@@ -1,0 +1,138 @@
+"""The operators: schemas, output shapes for fake tensors, handles, and the loading of the compiled libraries.
+
+An operator's name is its mathematics, its overload the backend: the default overload is native (C++ on the CPU key, CUDA
+C++ on the CUDA key). Operators are private. Called with tensors that require gradients they give none;
+:mod:`resfuse.autograd` stands around them. `relu` chooses the activation: ReLU, or the identity.
+
+Per-channel vectors are float32, or float64 beside float64 activations, except those that belong to the user (weight,
+bias, running statistics), which keep their own dtype.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SCHEMAS = (
+    "add_relu(Tensor x, Tensor residual) -> Tensor",
+    "add_relu_backward(Tensor grad_out, Tensor out) -> Tensor",
+    "moments(Tensor x) -> (Tensor mean, Tensor var)",
+    "moments_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor mean) -> Tensor",
+    "finalize(Tensor mean, Tensor var, SymInt count, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
+    "-> (Tensor scale, Tensor shift)",
+    "finalize_backward(Tensor grad_centered, Tensor grad_shift, Tensor var, Tensor? weight, float eps) "
+    "-> (Tensor grad_mean, Tensor grad_var, Tensor grad_weight)",
+    "scale_shift_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, "
+    "Tensor? residual_shift, bool relu) -> Tensor",
+    "scale_shift_act_moments(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, "
+    "Tensor? residual_shift, bool relu) -> (Tensor out, Tensor mean, Tensor var)",
+    "scale_shift_act_backward_reduce(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, Tensor mean, "
+    "Tensor? raw_residual, Tensor? residual_scale, Tensor? residual_shift, Tensor? residual_mean, Tensor? out, "
+    "bool relu) -> (Tensor sums, Tensor dz)",
+    "scale_shift_act_backward_apply(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, Tensor mean, "
+    "Tensor? grad_mean, Tensor? grad_var, Tensor? raw_residual, Tensor? residual_scale, Tensor? residual_shift, "
+    "Tensor? residual_mean, Tensor? residual_grad_mean, Tensor? residual_grad_var, bool relu) "
+    "-> (Tensor grad_x, Tensor grad_residual)",
+)
+
+_library = torch.library.Library("resfuse", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of per-channel vectors beside activations of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _vector(x: Tensor, *shape: int | torch.SymInt) -> Tensor:
+    return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+
+
+def _channels(x: Tensor) -> Tensor:
+    return _vector(x, x.shape[1])
+
+
+def _fake_finalize(mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _vector(mean, mean.shape[0]), _vector(mean, mean.shape[0])
+
+
+def _fake_finalize_backward(
+    grad_centered: Tensor, grad_shift: Tensor, var: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(_vector(grad_shift, var.shape[0]) for _ in range(3))
+
+
+def _fake_reduce(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, *rest
+) -> tuple[Tensor, Tensor]:
+    raw_residual, out, relu = rest[0], rest[-2], rest[-1]
+    sums = _vector(x, 2 if raw_residual is None else 3, x.shape[1])
+    return sums, torch.empty_like(x) if relu and out is not None else x.new_empty(0)
+
+
+def _fake_apply(grad_out: Tensor, x: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    raw_residual = rest[5]
+    return torch.empty_like(x), x.new_empty(0) if raw_residual is None else torch.empty_like(x)
+
+
+_FAKES = {
+    "add_relu": lambda x, residual: torch.empty_like(x),
+    "add_relu_backward": lambda grad_out, out: torch.empty_like(out),
+    "moments": lambda x: (_channels(x), _channels(x)),
+    "moments_backward": lambda grad_mean, grad_var, x, mean: torch.empty_like(x),
+    "finalize": _fake_finalize,
+    "finalize_backward": _fake_finalize_backward,
+    "scale_shift_act": lambda x, *_: torch.empty_like(x),
+    "scale_shift_act_moments": lambda x, *_: (torch.empty_like(x), _channels(x), _channels(x)),
+    "scale_shift_act_backward_reduce": _fake_reduce,
+    "scale_shift_act_backward_apply": _fake_apply,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"resfuse::{_name}", _fake, lib=_library)
+
+
+def _load_native() -> str | None:
+    """Load the C++ library; return why it could not be loaded, or None."""
+    spec = importlib.util.find_spec("resfuse._C")
+    if spec is None or spec.origin is None:
+        return "the C++ library was not built (it needs a C++17 compiler at install time)"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the C++ library does not load: {error}"
+    return None
+
+
+def _load_cuda() -> str | None:
+    """Load the CUDA library; return why it could not be loaded, or None."""
+    path = Path(__file__).with_name("_cuda.so")
+    if not path.is_file():
+        return "the CUDA library was not built (it needs nvcc, found through CUDA_HOME, at install time)"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the CUDA library does not load: {error}"
+    return None
+
+
+# Why a native library is missing; None where it is loaded. Keys are device types.
+missing_native: dict[str, str | None] = {"cpu": _load_native(), "cuda": _load_cuda()}
+
+_ops = torch.ops.resfuse
+add_relu = _ops.add_relu.default
+add_relu_backward = _ops.add_relu_backward.default
+moments = _ops.moments.default
+moments_backward = _ops.moments_backward.default
+finalize = _ops.finalize.default
+finalize_backward = _ops.finalize_backward.default
+scale_shift_act = _ops.scale_shift_act.default
+scale_shift_act_moments = _ops.scale_shift_act_moments.default
+scale_shift_act_backward_reduce = _ops.scale_shift_act_backward_reduce.default
+scale_shift_act_backward_apply = _ops.scale_shift_act_backward_apply.default
