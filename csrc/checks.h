@@ -61,6 +61,14 @@ inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) 
                   " must have the first tensor's shape and strides");
 }
 
+// Equal shapes and strides, with every element of the storage range used once.
+inline void check_flat(const Tensor& x, const Tensor& other, const char* name) {
+  check_like(other, x, name);
+  int64_t last = 0;
+  for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
+  STD_TORCH_CHECK(x.numel() == 0 || last + 1 == x.numel(), "resfuse: tensors must be dense");
+}
+
 inline ScalarType accumulate_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -124,7 +124,10 @@ def _output_size(size: int, kernel: int, stride: int, padding: int | str, dilati
 def check_conv(
     conv: Conv2dParameters, shape: Sequence[int], x: Tensor, *, cast: bool, prefix: str = ""
 ) -> tuple[int, int, int, int]:
-    """conv can read an activation of `shape` with x's device and, unless autocast casts it, dtype; its output's shape."""
+    """The shape of conv's output, once it is sure that conv can read an activation of `shape` beside x.
+
+    Weights have x's device and, unless autocast casts them, x's dtype.
+    """
     weight, bias = conv.weight, conv.bias
     check_floating(f"{prefix}weight", weight, 4)
     for name, tensor in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
+from resfuse.parameters import BatchNorm2dParameters
 
 
 def _recorded() -> bool:
@@ -122,7 +123,7 @@ class FinalizeFunction(torch.autograd.Function):
         mean, var, weight, bias = ctx.saved_tensors
         if _recorded():
             grads = _differentiate(
-                lambda *inputs: reference.finalize(*inputs, ctx.eps),
+                lambda mean, var, weight, bias: reference.finalize(mean, var, weight, bias, ctx.eps),
                 [mean, var, weight, bias],
                 (grad_scale, grad_shift),
             )
@@ -172,8 +173,8 @@ class ScaleShiftActFunction(torch.autograd.Function):
         )
         masked = out is not None  # dz already is the masked gradient
         grad_x, grad_raw = ops.scale_shift_act_backward_apply(
-            dz if masked else grad_out, x, scale, shift, zero, None, None, raw, raw_scale, raw_shift, raw_zero, None, None,
-            ctx.relu and not masked,
+            dz if masked else grad_out, x, scale, shift, zero, None, None,
+            raw, raw_scale, raw_shift, raw_zero, None, None, ctx.relu and not masked,
         )  # fmt: skip
         if raw is not None:
             return grad_x, sums[1], sums[0], grad_raw, sums[2], sums[0], None
@@ -185,50 +186,84 @@ def _scale_shift_act_double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor
     x, scale, shift, raw, raw_scale, raw_shift, out = ctx.saved_tensors
     dz = grad_out if out is None else grad_out * _mask(out.detach())
     activation = "relu" if ctx.relu and out is None else "identity"
-    grads = _differentiate(
-        lambda *inputs: reference.scale_shift_act(*inputs, activation=activation),
-        [x, scale, shift, raw, raw_scale, raw_shift],
-        dz,
-    )
+
+    def forward(x: Tensor, scale: Tensor, shift: Tensor, raw: Any, raw_scale: Any, raw_shift: Any) -> Tensor:
+        return reference.scale_shift_act(x, scale, shift, raw, raw_scale, raw_shift, activation)
+
+    grads = _differentiate(forward, [x, scale, shift, raw, raw_scale, raw_shift], dz)
     if raw is None and ctx.has_residual:
         grads[3] = dz
     return (*grads, None)
 
 
 class _Normalized:
-    """One branch of BNActFunction: what normalised an activation, and the gradients of its parameters."""
+    """What normalises one activation: its moments or the running statistics, as scale and shift."""
 
-    def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: Sequence[Any]) -> None:
-        running_mean, running_var, self.training, momentum, self.eps, num_batches_tracked = rest
-        if self.training:
+    def __init__(self, x: Tensor, bn: BatchNorm2dParameters) -> None:
+        self.training, self.eps = bn.training, bn.eps
+        if bn.training:
             self.mean, self.var = ops.moments(x)
-            count, running = x.numel() // x.shape[1], (running_mean, running_var, num_batches_tracked)
+            count, running = x.numel() // x.shape[1], (bn.running_mean, bn.running_var, bn.num_batches_tracked)
         else:
             # copies: saved for backward, while the running statistics may change in place
+            assert bn.running_mean is not None and bn.running_var is not None
             dtype = ops.accumulate_dtype(x.dtype)
-            self.mean, self.var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
+            self.mean, self.var = bn.running_mean.to(dtype, copy=True), bn.running_var.to(dtype, copy=True)
             count, running = 0, (None, None, None)
-        self.scale, self.shift = ops.finalize(self.mean, self.var, count, weight, bias, *running, momentum, self.eps)
+        self.scale, self.shift = ops.finalize(
+            self.mean, self.var, count, bn.weight, bn.bias, *running, bn.momentum, bn.eps
+        )
 
     def saved(self) -> tuple[Tensor, ...]:
         return self.mean, self.var, self.scale, self.shift
+
+
+def bn_act(
+    x: Tensor,
+    bn: BatchNorm2dParameters,
+    residual: Tensor | None,
+    residual_bn: BatchNorm2dParameters | None,
+    relu: bool,
+    *,
+    owned: bool,
+) -> Tensor:
+    """BNActFunction where a gradient is needed, else the operators alone, over x itself where it is `owned`."""
+    raw_weight, raw_bias = (None, None) if residual_bn is None else (residual_bn.weight, residual_bn.bias)
+    tensors = (x, bn.weight, bn.bias, residual, raw_weight, raw_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return BNActFunction.apply(*tensors, bn, residual_bn, relu)
+    branch = _Normalized(x, bn)
+    raw = _Normalized(residual, residual_bn) if residual is not None and residual_bn is not None else None
+    raw_affine = (None, None) if raw is None else (raw.scale, raw.shift)
+    if owned and not torch.compiler.is_compiling():
+        ops.scale_shift_act_(x, branch.scale, branch.shift, residual, *raw_affine, relu)
+        return x
+    return ops.scale_shift_act(x, branch.scale, branch.shift, residual, *raw_affine, relu)
 
 
 class BNActFunction(torch.autograd.Function):
     """out = act(BN(x) + r), r absent, residual, or BN_r(residual): moments, finalize and scale_shift_act in one node.
 
     The chain of the three backwards, with the gradient through the moments added in the pass that writes grad_x:
-    grad_x = dz * scale + (grad_mean + 2 * grad_var * (x - mean)) / M. Separate nodes would write and read grad_x thrice.
+    grad_x = dz * scale + (grad_mean + 2 * grad_var * (x - mean)) / M. Three nodes would write and read grad_x thrice.
     A frozen batch normalisation (training False) has no gradient through its statistics.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, *rest: Any) -> Tensor:
-        """rest: residual_weight, residual_bias, then (running_mean, running_var, training, momentum, eps,
-        num_batches_tracked) of x's normalisation and, where the residual is raw, of its own (else None); relu."""
-        residual_weight, residual_bias, own, other, relu = rest[0], rest[1], rest[2:8], rest[8:14], rest[14]
-        branch = _Normalized(x, weight, bias, own)
-        raw = _Normalized(residual, residual_weight, residual_bias, other) if other[4] is not None else None
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        residual_weight: Tensor | None,
+        residual_bias: Tensor | None,
+        bn: BatchNorm2dParameters,
+        residual_bn: BatchNorm2dParameters | None,
+        relu: bool,
+    ) -> Tensor:
+        branch = _Normalized(x, bn)
+        raw = _Normalized(residual, residual_bn) if residual is not None and residual_bn is not None else None
         raw_affine = (None, None) if raw is None else (raw.scale, raw.shift)
         out = ops.scale_shift_act(x, branch.scale, branch.shift, residual, *raw_affine, relu)
 
@@ -274,8 +309,8 @@ class BNActFunction(torch.autograd.Function):
             _cast(sums[0], bias),
             grad_residual,
             None if grad_raw_weight is None else _cast(grad_raw_weight, raw_weight),
-            None if raw_branch is None else _cast(sums[0], raw_bias),
-            *[None] * 13,
+            None if raw_branch is None else _cast(sums[0].clone(), raw_bias),  # two parameters share no memory
+            *[None] * 3,
         )
 
 
@@ -283,18 +318,20 @@ def _bn_act_double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, 
     x, weight, bias, raw_weight, raw_bias, mean, var, _, _, raw, raw_mean, raw_var, _, _, out = ctx.saved_tensors
     own, raw_branch = ctx.branches
 
-    def normalize(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, branch: Any) -> list[Tensor]:
+    def normalize(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, branch: Any) -> tuple[Tensor, Tensor]:
         mean, var = reference.moments(x) if branch[0] else (mean.detach(), var.detach())
         return reference.finalize(mean, var, weight, bias, branch[1])
 
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, raw: Tensor, raw_weight: Tensor, raw_bias: Tensor) -> Tensor:
-        affine = normalize(x, weight, bias, mean, var, own)
-        raw_affine = () if raw is None else normalize(raw, raw_weight, raw_bias, raw_mean, raw_var, raw_branch)
+    def forward(x: Tensor, weight: Any, bias: Any, raw: Any, raw_weight: Any, raw_bias: Any) -> Tensor:
+        scale, shift = normalize(x, weight, bias, mean, var, own)
+        raw_scale = raw_shift = None
+        if raw is not None:
+            raw_scale, raw_shift = normalize(raw, raw_weight, raw_bias, raw_mean, raw_var, raw_branch)
         activation = "relu" if ctx.relu and out is None else "identity"
-        return reference.scale_shift_act(x, *affine, raw, *raw_affine, activation=activation)
+        return reference.scale_shift_act(x, scale, shift, raw, raw_scale, raw_shift, activation)
 
     dz = grad_out if out is None else grad_out * _mask(out.detach())
     grads = _differentiate(forward, [x, weight, bias, raw, raw_weight, raw_bias], dz)
     if raw is None and ctx.has_residual:
         grads[3] = dz
-    return (*grads, *[None] * 13)
+    return (*grads, *[None] * 3)

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from resfuse import _checks, reference
+from resfuse import _checks, autograd, reference
 from resfuse.autograd import (
     AddReLUFunction,
-    BNActFunction,
     FinalizeFunction,
     MomentsFunction,
     ScaleShiftActFunction,
@@ -26,8 +25,6 @@ from resfuse.autograd import (
 from resfuse.backends import choose
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.reference import Shortcut
-
-_NO_BATCH_NORM = (None,) * 6
 
 
 def _transformed() -> bool:
@@ -102,8 +99,8 @@ def moments(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: x is not as described. RuntimeError: the requested backend does not serve this call.
 
-    Numerics: tiles are read twice, around their own mean, and merged pairwise in float64 (Chan, Golub, LeVeque 1979), so
-    the result does not lose digits where |mean| is much larger than the standard deviation.
+    Numerics: tiles are read twice, the second time around their own mean, and merged pairwise in float64 (Chan, Golub,
+    LeVeque 1979), so the result does not lose digits where |mean| is much larger than the standard deviation.
     """
     _checks.check_image("x", x)
     if _backend("moments", x, backend) == "reference":
@@ -233,8 +230,10 @@ def _bn_act(
     residual_bn: BatchNorm2dParameters | None,
     activation: str,
     backend: str | None,
+    *,
+    owned: bool = False,
 ) -> Tensor:
-    """bn_act on checked arguments."""
+    """bn_act on checked arguments. `owned`: nobody else holds x, so without gradients it may become the output."""
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
     if _backend("bn_act", x, backend) == "reference":
@@ -242,16 +241,7 @@ def _bn_act(
     x = _dense(x)
     if residual is not None:
         residual = _beside(residual, x)
-    running_mean, running_var, weight, bias, *rest = bn
-    other: tuple = _NO_BATCH_NORM
-    other_weight = other_bias = None
-    if residual_bn is not None:
-        other_mean, other_var, other_weight, other_bias, *other_rest = residual_bn
-        other = (other_mean, other_var, *other_rest)
-    out = BNActFunction.apply(
-        x, weight, bias, residual, other_weight, other_bias, running_mean, running_var, *rest, *other,
-        activation == "relu",
-    )  # fmt: skip
+    out = autograd.bn_act(x, bn, residual, residual_bn, activation == "relu", owned=owned)
     _bump_versions(bn, residual_bn)
     return out
 
@@ -294,7 +284,7 @@ def bn_act(
 
 
 def _conv(x: Tensor, conv: Conv2dParameters) -> Tensor:
-    return F.conv2d(x, *conv)
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _residual_chain(
@@ -311,13 +301,13 @@ def _residual_chain(
     residual = x if shortcut is None else shortcut
     y = x
     for conv, bn in layers[:-1]:
-        y = _bn_act(_conv(y, conv), bn, None, None, activation, backend)
+        y = _bn_act(_conv(y, conv), bn, None, None, activation, backend, owned=True)
     conv, bn = layers[-1]
     y = _conv(y, conv)
     if isinstance(residual, tuple):
         projection, residual_bn = residual
         residual = _conv(x, projection)
-    return _bn_act(y, bn, residual, residual_bn, activation, backend)
+    return _bn_act(y, bn, residual, residual_bn, activation, backend, owned=True)
 
 
 def conv_bn_act(
@@ -349,7 +339,7 @@ def conv_bn_act(
     cast = _autocasts(x)
     shape = _checks.check_conv(conv, x.shape, x, cast=cast, prefix="conv.")
     _checks.check_norms(x, shape, bn, residual, residual_bn, cast=cast)
-    return _bn_act(_conv(x, conv), bn, residual, residual_bn, activation, backend)
+    return _bn_act(_conv(x, conv), bn, residual, residual_bn, activation, backend, owned=True)
 
 
 def basic_block(

@@ -26,7 +26,7 @@ _INTEGRATIONS = {
     "resfuse.models.resnet": "resfuse.integrations.models",
     "resfuse.models.cifar": "resfuse.integrations.models",
 }
-_registered: dict[type[nn.Module], type[nn.Module]] = {}
+_registered: dict[type[nn.Module], type[FusedBlock]] = {}
 
 
 def register_block(stock: type[nn.Module], fused: type[nn.Module]) -> None:
@@ -45,7 +45,7 @@ def register_block(stock: type[nn.Module], fused: type[nn.Module]) -> None:
     _registered[stock] = fused
 
 
-def _fused_class(stock: type[nn.Module]) -> type[nn.Module] | None:
+def _fused_class(stock: type[nn.Module]) -> type[FusedBlock] | None:
     """The fused subclass of exactly this class, importing the integration it belongs to."""
     if stock not in _registered and stock.__module__ in _INTEGRATIONS:
         integration = importlib.import_module(_INTEGRATIONS[stock.__module__])
@@ -53,9 +53,9 @@ def _fused_class(stock: type[nn.Module]) -> type[nn.Module] | None:
     return _registered.get(stock)
 
 
-def _stock_class(fused: type[nn.Module]) -> type[nn.Module]:
-    """The class that a fused class was made for: the first of its bases that is not a mixin."""
-    return next(base for base in fused.__mro__ if not issubclass(base, FusedBlock))
+def _stock_class(fused: type) -> type[nn.Module]:
+    """The class that a fused class was made for: the first of its bases that is no fused one."""
+    return next(base for base in fused.__mro__ if issubclass(base, nn.Module) and not issubclass(base, FusedBlock))
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,14 @@ class Explanation:
         return json.dumps([asdict(block) for block in self.blocks], indent=1)
 
 
-def _why_not_fused(module: nn.Module) -> str | None:
+def _why_not_fused(module: FusedBlock) -> str | None:
     """Why a block would run its stock forward if called now with activations in its parameters' device and dtype."""
-    reason = type(module).why_stock_children(module)  # type: ignore[attr-defined]
+    assert isinstance(module, nn.Module)
+    reason = module.why_stock_children(module)
     parameter = next(module.parameters(recurse=True), None)
     if reason is not None or parameter is None or parameter.device.type == "meta":
         return reason
-    return why_stock_input(parameter.device.type, parameter.dtype, module._resfuse_backend)  # type: ignore[arg-type]
+    return why_stock_input(parameter.device.type, parameter.dtype, module._resfuse_backend)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -107,14 +108,15 @@ def explain(model: nn.Module) -> Explanation:
         Explanation: one entry for each block that resfuse knows and for each other module that directly holds batch
         normalisation; as text through str(), as JSON through .to_json().
     """
-    reports, inside = [], set()
+    reports: list[BlockReport] = []
+    inside: set[int] = set()
     for name, module in model.named_modules():
         kind = type(module)
         if isinstance(module, FusedBlock):
             reason = _why_not_fused(module)
             reports.append(BlockReport(name, _stock_class(kind).__name__, reason is None, reason or ""))
         elif (fused := _fused_class(kind)) is not None:
-            reason = fused.why_stock_children(module) or "fuse() has not been applied to it"  # type: ignore[attr-defined]
+            reason = fused.why_stock_children(module) or "fuse() has not been applied to it"
             reports.append(BlockReport(name, kind.__name__, False, reason))
         elif id(module) not in inside and any(isinstance(child, _BatchNorm) for child in module.children()):
             reports.append(BlockReport(name, kind.__name__, False, f"resfuse has no fused {kind.__name__}"))
@@ -160,7 +162,7 @@ def fuse(
         known = type(module) if isinstance(module, FusedBlock) else _fused_class(type(module))
         if known is None or (filter_fn is not None and not filter_fn(module, name)):
             continue
-        if known.why_stock_children(module) is None:  # type: ignore[attr-defined]
+        if known.why_stock_children(module) is None:
             plan.append((module, known))
     if strict:
         _raise_if_left(model, {id(module) for module, _ in plan})
@@ -206,5 +208,5 @@ def unfuse(model: M) -> M:
     for module in model.modules():
         if isinstance(module, FusedBlock):
             module.__dict__.pop("_resfuse_backend", None)
-            module.__class__ = _stock_class(type(module))
+            module.__class__ = _stock_class(type(module))  # type: ignore[assignment]
     return model

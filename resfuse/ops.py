@@ -1,7 +1,7 @@
 """The operators: schemas, output shapes for fake tensors, handles, and the loading of the compiled libraries.
 
-An operator's name is its mathematics, its overload the backend: the default overload is native (C++ on the CPU key, CUDA
-C++ on the CUDA key). Operators are private. Called with tensors that require gradients they give none;
+An operator's name is its mathematics, its overload the backend: the default overload is native (C++ on the CPU key,
+CUDA C++ on the CUDA key). Operators are private. Called with tensors that require gradients they give none;
 :mod:`resfuse.autograd` stands around them. `relu` chooses the activation: ReLU, or the identity.
 
 Per-channel vectors are float32, or float64 beside float64 activations, except those that belong to the user (weight,
@@ -11,7 +11,9 @@ bias, running statistics), which keep their own dtype.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ SCHEMAS = (
     "-> (Tensor grad_mean, Tensor grad_var, Tensor grad_weight)",
     "scale_shift_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, "
     "Tensor? residual_shift, bool relu) -> Tensor",
+    "scale_shift_act_(Tensor(a!) x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, "
+    "Tensor? residual_shift, bool relu) -> ()",
     "scale_shift_act_moments(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, "
     "Tensor? residual_shift, bool relu) -> (Tensor out, Tensor mean, Tensor var)",
     "scale_shift_act_backward_reduce(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, Tensor mean, "
@@ -64,23 +68,24 @@ def _fake_finalize(mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def _fake_finalize_backward(
     grad_centered: Tensor, grad_shift: Tensor, var: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_vector(grad_shift, var.shape[0]) for _ in range(3))
+    grad_mean, grad_var, grad_weight = (_vector(grad_shift, var.shape[0]) for _ in range(3))
+    return grad_mean, grad_var, grad_weight
 
 
 def _fake_reduce(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, *rest
 ) -> tuple[Tensor, Tensor]:
-    raw_residual, out, relu = rest[0], rest[-2], rest[-1]
+    raw_residual, out, relu = rest[3], rest[-2], rest[-1]
     sums = _vector(x, 2 if raw_residual is None else 3, x.shape[1])
     return sums, torch.empty_like(x) if relu and out is not None else x.new_empty(0)
 
 
-def _fake_apply(grad_out: Tensor, x: Tensor, *rest) -> tuple[Tensor, Tensor]:
+def _fake_apply(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     raw_residual = rest[5]
     return torch.empty_like(x), x.new_empty(0) if raw_residual is None else torch.empty_like(x)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "add_relu": lambda x, residual: torch.empty_like(x),
     "add_relu_backward": lambda grad_out, out: torch.empty_like(out),
     "moments": lambda x: (_channels(x), _channels(x)),
@@ -88,6 +93,7 @@ _FAKES = {
     "finalize": _fake_finalize,
     "finalize_backward": _fake_finalize_backward,
     "scale_shift_act": lambda x, *_: torch.empty_like(x),
+    "scale_shift_act_": lambda *_: None,
     "scale_shift_act_moments": lambda x, *_: (torch.empty_like(x), _channels(x), _channels(x)),
     "scale_shift_act_backward_reduce": _fake_reduce,
     "scale_shift_act_backward_apply": _fake_apply,
@@ -133,6 +139,7 @@ moments_backward = _ops.moments_backward.default
 finalize = _ops.finalize.default
 finalize_backward = _ops.finalize_backward.default
 scale_shift_act = _ops.scale_shift_act.default
+scale_shift_act_ = _ops.scale_shift_act_.default
 scale_shift_act_moments = _ops.scale_shift_act_moments.default
 scale_shift_act_backward_reduce = _ops.scale_shift_act_backward_reduce.default
 scale_shift_act_backward_apply = _ops.scale_shift_act_backward_apply.default

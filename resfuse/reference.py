@@ -247,14 +247,16 @@ def residual_chain(
 
     shortcut: None for x itself, a tensor for a residual computed elsewhere, (conv, bn) for a projection BN(conv(x)).
     """
-    projection = shortcut if isinstance(shortcut, tuple) else None
-    residual = x if shortcut is None else shortcut
-    if projection is not None:
-        residual = _conv(x, projection[0])
+    residual_bn = None
+    if isinstance(shortcut, tuple):
+        projection, residual_bn = shortcut
+        residual = _conv(x, projection)
+    else:
+        residual = x if shortcut is None else shortcut
     for conv, bn in layers[:-1]:
         x = conv_bn_act(x, conv, bn, activation=activation)
     conv, bn = layers[-1]
-    return conv_bn_act(x, conv, bn, residual, None if projection is None else projection[1], activation)
+    return conv_bn_act(x, conv, bn, residual, residual_bn, activation)
 
 
 def basic_block(
@@ -266,7 +268,7 @@ def basic_block(
     shortcut: Shortcut = None,
     activation: str = "relu",
 ) -> Tensor:
-    """The two-layer residual unit of ResNet-18 and -34. Source: He et al. 2015, arXiv:1512.03385, figure 5 left."""
+    """The two-layer residual unit of ResNet-18 and -34. Source: arXiv:1512.03385, figure 5 left."""
     return residual_chain(x, [(conv1, bn1), (conv2, bn2)], shortcut, activation)
 
 
@@ -281,5 +283,5 @@ def bottleneck(
     shortcut: Shortcut = None,
     activation: str = "relu",
 ) -> Tensor:
-    """The three-layer residual unit of ResNet-50 and deeper. Source: He et al. 2015, arXiv:1512.03385, figure 5 right."""
+    """The three-layer residual unit of ResNet-50 and deeper. Source: arXiv:1512.03385, figure 5 right."""
     return residual_chain(x, [(conv1, bn1), (conv2, bn2), (conv3, bn3)], shortcut, activation)

@@ -19,14 +19,6 @@ RESFUSE_CLONES void add_relu_backward_loop(const T* grad_out, const T* out, T* g
   for (int64_t i = 0; i < size; ++i) store(grad + i, relu_gradient(load(grad_out[i]), load(out[i])));
 }
 
-// Equal shapes and strides, with every element of the storage range used once.
-inline void check_flat(const Tensor& x, const Tensor& other, const char* name) {
-  check_like(other, x, name);
-  int64_t last = 0;
-  for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
-  STD_TORCH_CHECK(x.numel() == 0 || last + 1 == x.numel(), "resfuse: tensors must be dense");
-}
-
 template <class T, class F>
 void for_each_chunk(int64_t size, const F& f) {
   parallel_tasks(ceil_div(size, kTaskElements), size, [&](int64_t task) {

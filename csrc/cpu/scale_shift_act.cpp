@@ -56,8 +56,9 @@ void pass_with_moments(const Geometry& g, const std::array<const acc_t<T>*, 4>& 
   });
 }
 
+// Write act(...) to `out`, which may be x itself.
 template <bool kMoments>
-Tensor run(const Tensor& x, const Tensor& scale, const Tensor& shift, const OptionalTensor& residual,
+void run(const Tensor& x, const Tensor& out, const Tensor& scale, const Tensor& shift, const OptionalTensor& residual,
            const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, bool relu, Tensor* mean,
            Tensor* var) {
   const Geometry g = geometry_of(x);
@@ -65,7 +66,6 @@ Tensor run(const Tensor& x, const Tensor& scale, const Tensor& shift, const Opti
   STD_TORCH_CHECK(
       residual_scale.has_value() == residual_shift.has_value() && (residual.has_value() || !residual_scale.has_value()),
       "resfuse: residual_scale and residual_shift come together, with a residual");
-  Tensor out = new_activation(x);
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
@@ -89,12 +89,18 @@ Tensor run(const Tensor& x, const Tensor& scale, const Tensor& shift, const Opti
     if (!residual_scale.has_value()) return go(std::integral_constant<Residual, Residual::kIdentity>{});
     go(std::integral_constant<Residual, Residual::kRaw>{});
   });
-  return out;
 }
 
 Tensor scale_shift_act(const Tensor& x, const Tensor& scale, const Tensor& shift, const OptionalTensor& residual,
                        const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, bool relu) {
-  return run<false>(x, scale, shift, residual, residual_scale, residual_shift, relu, nullptr, nullptr);
+  Tensor out = new_activation(x);
+  run<false>(x, out, scale, shift, residual, residual_scale, residual_shift, relu, nullptr, nullptr);
+  return out;
+}
+
+void scale_shift_act_(const Tensor& x, const Tensor& scale, const Tensor& shift, const OptionalTensor& residual,
+                      const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, bool relu) {
+  run<false>(x, x, scale, shift, residual, residual_scale, residual_shift, relu, nullptr, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> scale_shift_act_moments(const Tensor& x, const Tensor& scale, const Tensor& shift,
@@ -102,14 +108,15 @@ std::tuple<Tensor, Tensor, Tensor> scale_shift_act_moments(const Tensor& x, cons
                                                            const OptionalTensor& residual_scale,
                                                            const OptionalTensor& residual_shift, bool relu) {
   STD_TORCH_CHECK(x.numel() > 0, "resfuse: an empty activation has no moments");
-  Tensor mean = new_vector(x, 1, x.size(1), accumulate_dtype(x)),
+  Tensor out = new_activation(x), mean = new_vector(x, 1, x.size(1), accumulate_dtype(x)),
          var = new_vector(x, 1, x.size(1), accumulate_dtype(x));
-  Tensor out = run<true>(x, scale, shift, residual, residual_scale, residual_shift, relu, &mean, &var);
+  run<true>(x, out, scale, shift, residual, residual_scale, residual_shift, relu, &mean, &var);
   return {out, mean, var};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
   m.impl("scale_shift_act", TORCH_BOX(&scale_shift_act));
+  m.impl("scale_shift_act_", TORCH_BOX(&scale_shift_act_));
   m.impl("scale_shift_act_moments", TORCH_BOX(&scale_shift_act_moments));
 }
 

@@ -29,7 +29,7 @@ RESFUSE_CLONES void reduce_loop(const T* grad_out, const T* x, const T* other, T
   using A = acc_t<T>;
   const Normalized<A> a{lanes[0], lanes[1], lanes[2]}, b{lanes[3], lanes[4], lanes[5]};
   A *sum = sums[0], *sum_x = sums[1], *sum_r = sums[2];
-  for_row_groups(rows, [&](auto group, int64_t row) RESFUSE_INLINE_LAMBDA {
+  for_row_groups<kMask == Mask::kOutput ? 1 : 4>(rows, [&](auto group, int64_t row) RESFUSE_INLINE_LAMBDA {
     RESFUSE_INDEPENDENT
     for (int64_t j = 0; j < width; ++j) {
       A s = sum[j], sx = sum_x[j], sr = kRaw ? sum_r[j] : A(0);

@@ -29,10 +29,10 @@
 namespace resfuse::cpu {
 
 // Call f(group, row) for groups of four consecutive rows, then for the rows that are left, one by one.
-template <class F>
+template <int kGroup = 4, class F>
 inline __attribute__((always_inline)) void for_row_groups(int64_t rows, const F& f) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) f(std::integral_constant<int, 4>{}, row);
+  for (; row + kGroup <= rows; row += kGroup) f(std::integral_constant<int, kGroup>{}, row);
   for (; row < rows; ++row) f(std::integral_constant<int, 1>{}, row);
 }
 

@@ -7,10 +7,12 @@ import types
 
 import torch
 
-_OPERATOR_STUBS = (
+_OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+
+_kept: list[torch.library.Library] = []  # a library's definitions live as long as the object
 
 
 def import_torchvision() -> types.ModuleType:
@@ -35,7 +37,7 @@ def import_torchvision() -> types.ModuleType:
 
 
 def _declare_missing_operators() -> None:
-    global _torchvision_operators  # a Library's definitions live as long as the object
-    _torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in _OPERATOR_STUBS:
-        _torchvision_operators.define(schema)
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _OPERATORS:
+        library.define(schema)
+    _kept.append(library)

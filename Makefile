@@ -1,0 +1,50 @@
+# make demo, make test, make bench and make lint each prepare .venv first and reuse it afterwards.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+COMPILER := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
+# torch before everything else: the build needs it, and no build isolation may fetch another one
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test venv bench lint clean
+
+demo: venv
+	$(BIN)/python -m resfuse demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+bench: venv
+	$(BIN)/python benchmarks/bench_units.py
+	$(BIN)/python benchmarks/bench_models.py
+	$(BIN)/python benchmarks/report.py
+
+lint: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
+
+venv: .venv/installed
+
+.venv/requirements: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install $(shell grep '^torch==' requirements.txt)
+	$(PIP) install -r requirements.txt
+	touch $@
+
+.venv/installed: .venv/requirements $(SOURCES)
+ifeq ($(COMPILER),)
+	@echo "no C++ compiler found: resfuse is installed without its native kernels and runs on the reference backend"
+	RESFUSE_NATIVE=0 $(PIP) install --no-build-isolation --no-deps -e .
+else
+	$(PIP) install --no-build-isolation --no-deps -e .
+endif
+	touch $@
+
+.venv/lint: .venv/installed requirements-lint.txt
+	$(PIP) install -r requirements-lint.txt
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info resfuse/*.so

@@ -1,0 +1,156 @@
+"""Parity: how far a training step is from the same step in float64, beside how far stock PyTorch is.
+
+The bound: an error is at most FACTOR times stock's in the same dtype, plus one floor per dtype, and always nearer to the
+exact step than zeros are. Stock is given in several memory layouts, since their kernels round differently; the most
+exact of them counts.
+
+Errors are relative in the L2 norm: |ours - exact| / |exact|. A random network amplifies rounding chaotically, so a
+single small tensor says little: quantities are judged as one long vector over all their tensors, where luck averages
+out, and for gradients also by the median and the worst of the errors of single tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FACTOR = 2.0
+# what a correct result may be off by where stock happens to be exact: a few roundings, or one quarter of a coarse one
+FLOOR = {torch.float64: 1e-15, torch.float32: 5e-7, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
+
+Step = dict[str, dict[str, Tensor]]
+"""What one training step leaves behind: for each quantity, its tensors by name."""
+
+
+class Errors(NamedTuple):
+    """Relative L2 errors of one quantity: all its tensors as one vector, and the median and worst of single tensors."""
+
+    together: float
+    median: float
+    worst: float
+    worst_name: str
+
+
+class Verdict(NamedTuple):
+    """One comparison with its bound."""
+
+    quantity: str
+    ours: float
+    stock: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within the bound and nearer to the exact result than zeros; False for NaN."""
+        return self.ours <= self.bound and self.ours < 1
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor, autocast: torch.dtype | None = None) -> Step:
+    """One forward and backward of the mean cross entropy.
+
+    Args:
+        model (nn.Module): in training mode; its running statistics are updated and its gradients replaced.
+        images (Tensor): (N, C, H, W) in the model's dtype.
+        labels (Tensor): (N,) int64.
+        autocast (torch.dtype | None): lower precision to run in.
+
+    Returns:
+        Step: outputs, losses (one per image: a mean alone may be right by luck), gradients, running_mean, running_var.
+    """
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+        outputs = model(images)
+    logits = outputs if autocast is None else outputs.float()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    losses.mean().backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    return {
+        "outputs": {"logits": outputs.detach()},
+        "losses": {"losses": losses.detach()},
+        "gradients": gradients,
+        "running_mean": {n: b for n, b in buffers.items() if n.endswith("running_mean")},
+        "running_var": {n: b for n, b in buffers.items() if n.endswith("running_var")},
+    }
+
+
+def condition(model: nn.Module, weight: float = 0.2) -> nn.Module:
+    """Make a random residual network's gradients mean something, in place; returns the model.
+
+    The last normalisation of every residual branch gets `weight` for its ones, as branches of trained networks are
+    weaker than their shortcuts: with ones, bfloat16 gradients of a random ResNet-50 have nothing in common with the
+    exact ones, in any implementation. Running statistics start from zero, so that a step leaves this batch's alone.
+    """
+    for module in model.modules():
+        last = getattr(module, "bn3", None) or getattr(module, "bn2", None)
+        if isinstance(last, nn.BatchNorm2d):
+            nn.init.constant_(last.weight, weight)
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.zero_()
+            module.running_var.zero_()
+    return model
+
+
+def relative_l2(value: Tensor, exact: Tensor) -> float:
+    """|value - exact| / |exact| in float64; 0 where both are zero, infinite where only exact is."""
+    exact = exact.double()
+    distance, size = (value.double() - exact).norm().item(), exact.norm().item()
+    if size > 0:
+        return distance / size
+    return 0.0 if distance == 0 else math.inf
+
+
+def step_errors(step: Step, exact: Step) -> dict[str, Errors]:
+    """Errors of every quantity of a step against the same step in float64."""
+    return {quantity: _errors(step[quantity], tensors) for quantity, tensors in exact.items()}
+
+
+def _errors(values: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Errors:
+    if values.keys() != exact.keys():
+        raise ValueError(f"both steps must hold the same tensors, got {sorted(values.keys() ^ exact.keys())} in one")
+    single = {name: relative_l2(values[name], exact[name]) for name in exact}
+    finite = {name: math.inf if math.isnan(error) else error for name, error in single.items()}
+    worst = max(finite, key=finite.__getitem__)
+    together = relative_l2(_one_vector(values), _one_vector(exact))
+    return Errors(together, statistics.median(finite.values()), finite[worst], worst)
+
+
+def _one_vector(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+_JUDGED = {
+    "outputs": ("together",),
+    "losses": ("together",),
+    "gradients": ("together", "median", "worst"),
+    "running_mean": ("together", "worst"),
+    "running_var": ("together", "worst"),
+}
+_LABELS = {"together": "", "median": ", median tensor", "worst": ", worst tensor"}
+
+
+def judge(ours: Mapping[str, Errors], stock: Sequence[Mapping[str, Errors]], dtype: torch.dtype) -> list[Verdict]:
+    """Hold the errors of a step to those of stock PyTorch.
+
+    Args:
+        ours (Mapping[str, Errors]): from :func:`step_errors`.
+        stock (Sequence[Mapping[str, Errors]]): the same for stock, in one or several memory layouts; for each quantity
+            the most exact counts.
+        dtype (torch.dtype): precision of the step, which decides the floor.
+
+    Returns:
+        list[Verdict]: one for each quantity and way of looking at it.
+    """
+    verdicts = []
+    for quantity, statistics_ in _JUDGED.items():
+        for statistic in statistics_:
+            best = min(getattr(errors[quantity], statistic) for errors in stock)
+            error = getattr(ours[quantity], statistic)
+            verdicts.append(Verdict(quantity + _LABELS[statistic], error, best, FACTOR * best + FLOOR[dtype]))
+    return verdicts

@@ -1,0 +1,46 @@
+"""The README's code runs as it is printed, and its tables are those of the committed results."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_readme_has_code():
+    assert len(python_blocks()) >= 1
+
+
+@pytest.mark.parametrize("code", python_blocks(), ids=lambda code: code.splitlines()[0])
+def test_readme_code_runs(code):
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert "17 of 17 blocks fused" in run.stdout
+
+
+def test_readme_tables_are_generated_from_the_results():
+    run = subprocess.run(
+        [sys.executable, "benchmarks/report.py", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "venv", "bench", "lint"])
+def test_the_makefile_has_the_targets_that_the_readme_names(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert f"make {target}" in README
+
+
+def test_architecture_names_only_files_that_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    house = re.search(r"## The house\n\n```\n(.*?)```", text, re.DOTALL).group(1)
+    for name in re.findall(r"\b[\w/]+\.(?:py|h|cpp|cuh)\b", house):
+        assert list(ROOT.glob(f"**/{name}")), name
