@@ -38,7 +38,7 @@ ifeq ($(COMPILER),)
 	@echo "no C++ compiler found: resfuse is installed without its native kernels and runs on the reference backend"
 	RESFUSE_NATIVE=0 $(PIP) install --no-build-isolation --no-deps -e .
 else
-	$(PIP) install --no-build-isolation --no-deps -e .
+	CXX="$(COMPILER)" $(PIP) install --no-build-isolation --no-deps -e .
 endif
 	touch $@
 

@@ -1,17 +1,22 @@
 """Builds the compiled library: csrc/cpu into resfuse._C, and csrc/cuda, where nvcc is, into resfuse/_cuda.so.
 
-Metadata is in pyproject.toml. The build reads two settings, and neither the network nor a GPU:
+Metadata is in pyproject.toml. The build reads these settings, and neither the network nor a GPU:
     CUDA_HOME        the CUDA toolkit; its bin/nvcc compiles csrc/cuda, also beside a CPU-only torch
     RESFUSE_CUDA     0: never build for CUDA; 1: fail where nvcc is missing; unset: build where nvcc is
-    TORCH_CUDA_ARCH_LIST   as for any torch extension; default "8.0;9.0;10.0+PTX"
+    TORCH_CUDA_ARCH_LIST   as for any torch extension, in numbers; default "8.0;9.0;10.0+PTX", as far as nvcc knows them
+    MAX_JOBS         compilers that run at once;  RESFUSE_NATIVE=0: build nothing, everything runs on torch alone
 """
 
+import hashlib
 import os
+import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.modified import newer_group
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
@@ -19,21 +24,15 @@ ROOT = Path(__file__).parent
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # torch's headers are system headers: their warnings are not ours
 INCLUDES = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-# -ffp-contract=off: every clone of a loop, and the mask recomputed in backward, gives the bits of the forward pass
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-g0",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fvisibility=hidden",
-]
-WARNINGS = ["-Wall", "-Wextra"]
+TORCH_LIBRARIES = cpp_extension.library_paths()
+# no contraction to FMA: every clone of a loop, and the mask recomputed in backward, gives the bits of the forward pass
+FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
-def sources(folder: str, suffix: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
 def find_nvcc() -> str | None:
@@ -43,67 +42,79 @@ def find_nvcc() -> str | None:
         raise SystemExit(f"RESFUSE_CUDA must be 0, 1 or unset, got {wanted!r}")
     home = os.environ.get("CUDA_HOME") or cpp_extension.CUDA_HOME
     nvcc = Path(home) / "bin" / "nvcc" if home else None
-    if wanted == "0":
-        return None
-    if nvcc is not None and nvcc.is_file():
-        return str(nvcc)
-    if wanted == "1":
+    found = nvcc is not None and nvcc.is_file()
+    if wanted == "1" and not found:
         raise SystemExit(f"RESFUSE_CUDA=1 needs CUDA_HOME with bin/nvcc, got CUDA_HOME={home!r}")
-    return None
+    return str(nvcc) if found and wanted != "0" else None
 
 
-def architecture_flags() -> list[str]:
+def architecture_flags(nvcc: str) -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST: "9.0", "9.0a", "8.0;9.0+PTX" or "8.0 9.0"."""
+    known = [f"{c[3:-1]}.{c[-1]}" for c in subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()]
+    default = ";".join(name for name in ("8.0", "9.0", "10.0") if name in known) + "+PTX"
     flags = []
-    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";"):
-        number = name.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if name.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or default).replace(";", " ").split():
+        match = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", name)
+        if match is None or match[1] not in known:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST names {name!r}; {nvcc} knows {', '.join(known)}, with a or f, +PTX")
+        number = match[1].replace(".", "") + match[2]
+        for kind in ("sm", "compute") if match[3] else ("sm",):
+            flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
     return flags
 
 
 class BuildExtension(cpp_extension.BuildExtension):
     """torch's builder for the C++ library, and nvcc for the CUDA library beside it."""
 
-    def build_extensions(self) -> None:
-        super().build_extensions()
-        nvcc = find_nvcc()
-        if nvcc is not None:
-            self.build_cuda(nvcc)
+    def get_ext_filename(self, name: str) -> str:
+        # not a Python module: its name carries no Python ABI
+        return os.path.join(*name.split(".")) + ".so" if name.endswith("_cuda") else super().get_ext_filename(name)
 
-    def build_cuda(self, nvcc: str) -> None:
-        common = [nvcc, "-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI, *INCLUDES, *architecture_flags()]
-        common += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "--expt-relaxed-constexpr", "--threads", "0"]
-        objects = Path(self.build_temp) / "cuda"
-        objects.mkdir(parents=True, exist_ok=True)
+    def build_extensions(self) -> None:
+        if shutil.which(self.compiler.compiler_cxx[0]) is None:
+            raise SystemExit(f"resfuse needs a C++17 compiler, and {self.compiler.compiler_cxx[0]} is not found")
+        if cuda_extension not in self.extensions:  # what an earlier build left is not part of this one
+            Path(self.build_lib, "resfuse", "_cuda.so").unlink(missing_ok=True)
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext is not cuda_extension:
+            return super().build_extension(ext)
+        nvcc = find_nvcc()
+        command = [nvcc, *CUDA_FLAGS, STABLE_ABI, *INCLUDES, *architecture_flags(nvcc), "-c"]
+        # other flags are another folder of objects
+        objects = Path(self.build_temp) / f"cuda-{hashlib.sha256(' '.join(command).encode()).hexdigest()[:16]}"
+        self.mkpath(str(objects))
 
         def compile_one(source: str) -> str:
             output = str(objects / (Path(source).stem + ".o"))
-            subprocess.run([*common, "-c", source, "-o", output], check=True)
+            if newer_group([source, *files("*.h", "cuda/*.cuh")], output):
+                subprocess.run([*command, source, "-o", output], check=True)
             return output
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = list(pool.map(compile_one, sources("cuda", ".cu")))
-        library = Path(self.get_ext_fullpath("resfuse._C")).parent / "_cuda.so"
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # cudart is linked statically; torch's symbols are found in the torch that is loaded first
-        subprocess.run([nvcc, "-shared", "-cudart=static", *compiled, "-o", str(library)], check=True)
-        self.announce(f"built {library}", level=2)
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
+            compiled = list(pool.map(compile_one, files("cuda/*.cu")))
+        library = self.get_ext_fullpath(cuda_extension.name)
+        self.mkpath(os.path.dirname(library))
+        # cudart is linked statically; libtorch.so stands for libtorch_cuda.so, which a CPU-only torch does not have
+        link = ["-shared", "-cudart=static", "-Xlinker", "--no-as-needed", f"-L{TORCH_LIBRARIES[0]}", "-ltorch"]
+        subprocess.run([nvcc, *compiled, *link, "-o", library], check=True)
 
 
-extension = Extension(
+cpu_extension = Extension(
     "resfuse._C",
-    sources=["csrc/module.cpp", *sources("cpu", ".cpp")],
-    library_dirs=cpp_extension.library_paths(),
+    sources=files("*.cpp", "cpu/*.cpp"),
+    library_dirs=TORCH_LIBRARIES,
     libraries=["torch", "torch_cpu", "c10"],
-    extra_compile_args={"cxx": [*FLAGS, *WARNINGS, STABLE_ABI, *INCLUDES]},
-    depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+    extra_compile_args={"cxx": [*FLAGS, STABLE_ABI, *INCLUDES]},
+    depends=["setup.py", *files("**/*.h", "**/*.cu", "**/*.cuh")],  # a source distribution takes these files too
     py_limited_api=True,
     language="c++",
 )
-
+cuda_extension = Extension("resfuse._cuda", sources=[])  # torch's builder would refuse .cu beside a CPU-only torch
+native = [cpu_extension, cuda_extension] if find_nvcc() else [cpu_extension]
 setup(
-    ext_modules=[extension],
+    ext_modules=native if os.environ.get("RESFUSE_NATIVE") != "0" else [],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

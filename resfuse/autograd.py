@@ -37,6 +37,12 @@ def _differentiate(
     return [next(found) if i is not None and i.requires_grad else None for i in inputs]
 
 
+def _graph_is_kept() -> bool:
+    """Whether the running backward keeps what was saved (retain_graph=True); True where torch does not say."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or keeps()
+
+
 def _laid_out_as(grad: Tensor, x: Tensor) -> Tensor:
     """grad in x's memory order and dtype, as the kernels read them side by side."""
     if grad.stride() == x.stride() and grad.dtype == x.dtype:
@@ -227,11 +233,15 @@ def bn_act(
     *,
     owned: bool,
 ) -> Tensor:
-    """BNActFunction where a gradient is needed, else the operators alone, over x itself where it is `owned`."""
+    """BNActFunction where a gradient is needed, else the operators alone.
+
+    owned: x and a raw residual were made for this call and nobody else reads them, so their memory may be used again:
+    for the output where no gradient is needed, else for their own gradients.
+    """
     raw_weight, raw_bias = (None, None) if residual_bn is None else (residual_bn.weight, residual_bn.bias)
     tensors = (x, bn.weight, bn.bias, residual, raw_weight, raw_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return BNActFunction.apply(*tensors, bn, residual_bn, relu)
+        return BNActFunction.apply(*tensors, bn, residual_bn, relu, owned)
     branch = _Normalized(x, bn)
     raw = _Normalized(residual, residual_bn) if residual is not None and residual_bn is not None else None
     raw_affine = (None, None) if raw is None else (raw.scale, raw.shift)
@@ -261,6 +271,7 @@ class BNActFunction(torch.autograd.Function):
         bn: BatchNorm2dParameters,
         residual_bn: BatchNorm2dParameters | None,
         relu: bool,
+        owned: bool,
     ) -> Tensor:
         branch = _Normalized(x, bn)
         raw = _Normalized(residual, residual_bn) if residual is not None and residual_bn is not None else None
@@ -270,7 +281,7 @@ class BNActFunction(torch.autograd.Function):
         kept_mask = out if relu and residual is not None and raw is None else None
         raw_saved = (None,) * 5 if raw is None else (residual, *raw.saved())
         ctx.save_for_backward(x, weight, bias, residual_weight, residual_bias, *branch.saved(), *raw_saved, kept_mask)
-        ctx.relu, ctx.has_residual = relu, residual is not None
+        ctx.relu, ctx.has_residual, ctx.owned = relu, residual is not None, owned
         ctx.branches = (branch.training, branch.eps), None if raw is None else (raw.training, raw.eps)
         return out
 
@@ -297,10 +308,16 @@ class BNActFunction(torch.autograd.Function):
             grad_out = dz
         grad_x = grad_residual = None
         if ctx.needs_input_grad[0] or (raw is not None and ctx.needs_input_grad[3]):
-            grad_x, grad_residual = ops.scale_shift_act_backward_apply(
+            arguments = (
                 grad_out, x, scale, shift, mean, *through,
                 raw, raw_scale, raw_shift, raw_mean, *raw_through, ctx.relu and not masked,
             )  # fmt: skip
+            if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
+                # x and raw are read for the last time: their memory is in cache and spares a fresh tensor's page faults
+                ops.scale_shift_act_backward_apply_(*arguments)
+                grad_x, grad_residual = x.detach(), None if raw is None else raw.detach()
+            else:
+                grad_x, grad_residual = ops.scale_shift_act_backward_apply(*arguments)
         if raw is None:
             grad_residual = grad_out if ctx.has_residual else None
         return (
@@ -310,7 +327,7 @@ class BNActFunction(torch.autograd.Function):
             grad_residual,
             None if grad_raw_weight is None else _cast(grad_raw_weight, raw_weight),
             None if raw_branch is None else _cast(sums[0].clone(), raw_bias),  # two parameters share no memory
-            *[None] * 3,
+            *[None] * 4,
         )
 
 
@@ -334,4 +351,4 @@ def _bn_act_double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, 
     grads = _differentiate(forward, [x, weight, bias, raw, raw_weight, raw_bias], dz)
     if raw is None and ctx.has_residual:
         grads[3] = dz
-    return (*grads, *[None] * 3)
+    return (*grads, *[None] * 4)

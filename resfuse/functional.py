@@ -233,7 +233,7 @@ def _bn_act(
     *,
     owned: bool = False,
 ) -> Tensor:
-    """bn_act on checked arguments. `owned`: nobody else holds x, so without gradients it may become the output."""
+    """bn_act on checked arguments. `owned`: nobody else reads x or a raw residual, see :func:`autograd.bn_act`."""
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
     if _backend("bn_act", x, backend) == "reference":
@@ -339,7 +339,7 @@ def conv_bn_act(
     cast = _autocasts(x)
     shape = _checks.check_conv(conv, x.shape, x, cast=cast, prefix="conv.")
     _checks.check_norms(x, shape, bn, residual, residual_bn, cast=cast)
-    return _bn_act(_conv(x, conv), bn, residual, residual_bn, activation, backend, owned=True)
+    return _bn_act(_conv(x, conv), bn, residual, residual_bn, activation, backend, owned=residual_bn is None)
 
 
 def basic_block(

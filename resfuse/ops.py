@@ -41,6 +41,9 @@ SCHEMAS = (
     "Tensor? grad_mean, Tensor? grad_var, Tensor? raw_residual, Tensor? residual_scale, Tensor? residual_shift, "
     "Tensor? residual_mean, Tensor? residual_grad_mean, Tensor? residual_grad_var, bool relu) "
     "-> (Tensor grad_x, Tensor grad_residual)",
+    "scale_shift_act_backward_apply_(Tensor grad_out, Tensor(a!) x, Tensor scale, Tensor shift, Tensor mean, "
+    "Tensor? grad_mean, Tensor? grad_var, Tensor(b!)? raw_residual, Tensor? residual_scale, Tensor? residual_shift, "
+    "Tensor? residual_mean, Tensor? residual_grad_mean, Tensor? residual_grad_var, bool relu) -> ()",
 )
 
 _library = torch.library.Library("resfuse", "DEF")
@@ -97,6 +100,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scale_shift_act_moments": lambda x, *_: (torch.empty_like(x), _channels(x), _channels(x)),
     "scale_shift_act_backward_reduce": _fake_reduce,
     "scale_shift_act_backward_apply": _fake_apply,
+    "scale_shift_act_backward_apply_": lambda *_: None,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"resfuse::{_name}", _fake, lib=_library)
@@ -143,3 +147,4 @@ scale_shift_act_ = _ops.scale_shift_act_.default
 scale_shift_act_moments = _ops.scale_shift_act_moments.default
 scale_shift_act_backward_reduce = _ops.scale_shift_act_backward_reduce.default
 scale_shift_act_backward_apply = _ops.scale_shift_act_backward_apply.default
+scale_shift_act_backward_apply_ = _ops.scale_shift_act_backward_apply_.default

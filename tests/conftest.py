@@ -1,4 +1,4 @@
-"""What every test gets: a seed, memory that shows when it is read before it is written, and skips for missing hardware."""
+"""What tests share: a seed, fresh memory that is NaN, threads that are put back, and skips for missing hardware."""
 
 import pytest
 import torch
@@ -30,4 +30,4 @@ def threads():
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU")
+        pytest.skip("needs an NVIDIA GPU")

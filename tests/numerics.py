@@ -12,6 +12,7 @@ from resfuse import BatchNorm2dParameters
 # what a correct result may be off by where stock happens to be exact: a few roundings, or one quarter of a coarse one
 FLOOR = {torch.float64: 1e-15, torch.float32: 5e-7, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
 GRADIENT_MARGIN = 100  # an exact gradient must be this many error bounds long: a zero one cannot pass
+CHAIN_MARGIN = 10  # likewise behind several 16-bit convolutions, where stock's own error nears a hundredth
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced")
@@ -22,7 +23,7 @@ def _relative(error, size):
     return (error / size).item() if size > 0 else float(error.item() > 0)
 
 
-def assert_as_exact(ours, stock, exact, name="out", *, scale=None):
+def assert_as_exact(ours, stock, exact, name="out", *, scale=None, margin=GRADIENT_MARGIN):
     """ours is as close to exact as the rule demands; a name that starts with "grad" is held to a gradient's rules.
 
     scale: the length (L2 norm) that errors are relative to, where exact's own may be near 0, as a running mean's.
@@ -44,23 +45,23 @@ def assert_as_exact(ours, stock, exact, name="out", *, scale=None):
     error = _relative((ours - exact).norm(), size)
     assert error <= bound, f"{name} is off by {error:.2e}, allowed {bound:.2e} ({dtype})"
     if name.startswith("grad"):
-        _assert_gradient(ours, exact, bound * size, name)
+        _assert_gradient(ours, exact, bound * size, margin, name)
 
 
-def _assert_gradient(ours, exact, allowed, name):
+def _assert_gradient(ours, exact, allowed, margin, name):
     length = exact.norm()
     if exact.numel() == 0:
         return
-    assert length > GRADIENT_MARGIN * allowed, f"{name}: a gradient of norm {length:.2e} proves nothing"
+    assert length > margin * allowed, f"{name}: a gradient of norm {length:.2e} proves nothing"
     distance = 1 - F.cosine_similarity(ours, exact, dim=0)
     assert distance <= (allowed / length) ** 2 + 1e-12, f"{name} points elsewhere: 1 - cosine is {distance:.2e}"
 
 
-def assert_all_as_exact(ours, stock, exact, *, scales=None):
+def assert_all_as_exact(ours, stock, exact, **options):
     """assert_as_exact for dicts of results by name."""
     assert ours.keys() == stock.keys() == exact.keys()
     for name in exact:
-        assert_as_exact(ours[name], stock[name], exact[name], name, scale=(scales or {}).get(name))
+        assert_as_exact(ours[name], stock[name], exact[name], name, **options)
 
 
 def laid_out(x, layout):
@@ -84,7 +85,7 @@ def image(shape, dtype=torch.float32, layout="contiguous", *, mean=1.0, std=1.0)
 
 
 def gradient_for(z, dtype):
-    """A random incoming gradient of relu(z) in `dtype`: zero where one rounding error of the sum z may flip the mask."""
+    """A random incoming gradient of relu(z) in `dtype`: zero where a rounding error of z may flip the mask."""
     return (torch.randn(z.shape) * (z.abs() > 16 * torch.finfo(dtype).eps)).to(dtype)
 
 

@@ -1,5 +1,7 @@
 """Derivatives of the native units: both orders, forward mode, torch.func, and what is kept for backward."""
 
+from functools import partial
+
 import pytest
 import torch
 from numerics import RESIDUALS, batch_norm, copy_of, image, leaf, stock_bn_act
@@ -23,26 +25,30 @@ def assert_differentiable(function, inputs):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-def bn_act_of(residual, training, module=functional, **options):
-    """(function of tensors, tensors): bn_act with respect to everything that can have a gradient."""
+def bn_act_of(residual, training, *, tracked=True):
+    """(call, inputs): call(bn_act, *inputs, **options) is one bn_act, of everything that can have a gradient."""
     bn, other = (batch_norm(2, DOUBLE, training=training, eps=1e-2) for _ in range(2))
+    if training and not tracked:
+        bn, other = (p._replace(running_mean=None, running_var=None, num_batches_tracked=None) for p in (bn, other))
     x, r = image(SHAPE, DOUBLE), image(SHAPE, DOUBLE, "channels_last")
     inputs = (x, bn.weight, bn.bias, *{"none": (), "identity": (r,), "raw": (r, other.weight, other.bias)}[residual])
 
-    def function(x, weight, bias, r=None, weight_r=None, bias_r=None, module=module, **late):
-        raw = None if weight_r is None else copy_of(other)._replace(weight=weight_r, bias=bias_r)
-        call = module if callable(module) else module.bn_act
-        return call(x, copy_of(bn)._replace(weight=weight, bias=bias), r, raw, **options, **late)
+    def call(bn_act, x, weight, bias, r=None, weight_r=None, bias_r=None, **options):
+        raw = None if weight_r is None else other._replace(weight=weight_r, bias=bias_r)
+        return bn_act(x, bn._replace(weight=weight, bias=bias), r, raw, **options)
 
-    return function, inputs
+    return call, inputs
+
+
+native = partial(functional.bn_act, backend="native")
 
 
 @TRAIN_EVAL
 @ACTIVATIONS
 @EVERY_RESIDUAL
 def test_bn_act(residual, activation, training):
-    function, inputs = bn_act_of(residual, training, activation=activation, backend="native")
-    assert_differentiable(function, inputs)
+    call, inputs = bn_act_of(residual, training)
+    assert_differentiable(partial(call, native, activation=activation), inputs)
 
 
 @ACTIVATIONS
@@ -81,10 +87,9 @@ def test_finalize(wanted):
 @TRAIN_EVAL
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
 def test_second_derivatives_with_everything_else_frozen(wanted, training):
-    function, inputs = bn_act_of("identity", training, backend="native")
+    call, inputs = bn_act_of("identity", training)
     index = ("x", "weight", "bias", "residual").index(wanted)
-    inputs = [t.detach() for t in inputs]
-    assert_differentiable(lambda t: function(*inputs[:index], t, *inputs[index + 1 :]), [inputs[index]])
+    assert_differentiable(lambda t: call(native, *inputs[:index], t, *inputs[index + 1 :]), [inputs[index]])
 
 
 def hessian_product(function, inputs, tangents):
@@ -96,38 +101,24 @@ def hessian_product(function, inputs, tangents):
 @TRAIN_EVAL
 @EVERY_RESIDUAL
 def test_hessian_products_are_stocks(residual, training):
-    function, inputs = bn_act_of(residual, training)
+    call, inputs = bn_act_of(residual, training)
     tangents = [torch.randn_like(t) for t in inputs]
-    ours = hessian_product(lambda *args: function(*args, backend="native"), inputs, tangents)
-    stock = hessian_product(lambda *args: function(*args, module=stock_bn_act), inputs, tangents)
+    ours = hessian_product(partial(call, native), inputs, tangents)
+    stock = hessian_product(partial(call, stock_bn_act), inputs, tangents)
     for a, b in zip(ours, stock, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         assert a.norm() > 1e-3
 
 
-def untracked(bn):
-    """torch.func refuses to write captured statistics, stock's too."""
-    return bn._replace(running_mean=None, running_var=None, num_batches_tracked=None) if bn.training else bn
-
-
 @TRAIN_EVAL
 @EVERY_RESIDUAL
 def test_torch_func_and_forward_mode_give_the_references_values(residual, training):
-    function, inputs = bn_act_of(residual, training)
-    inputs = tuple(t.detach() for t in inputs)
+    """Without tracked statistics in training: torch.func refuses to write what it captured, stock's too."""
+    call, inputs = bn_act_of(residual, training, tracked=False)
+    ours, exact = partial(call, native), partial(call, reference.bn_act)
     tangents = tuple(torch.randn_like(t) for t in inputs)
-
-    def ours(*args):
-        return function(*args, module=lambda x, bn, *rest: functional.bn_act(x, untracked(bn), *rest, backend="native"))
-
-    def exact(*args):
-        return function(*args, module=lambda x, bn, *rest: reference.bn_act(x, untracked(bn), *rest))
-
-    if residual == "raw" and training:
-        ours, exact = (lambda *args, f=f: f(*args[:4]) for f in (ours, exact))
-        inputs, tangents = inputs[:4], tangents[:4]
-    for values, expected in zip(torch.func.jvp(ours, inputs, tangents), torch.func.jvp(exact, inputs, tangents), strict=True):
-        torch.testing.assert_close(values, expected)
+    expected = torch.func.jvp(exact, inputs, tangents)
+    torch.testing.assert_close(torch.func.jvp(ours, inputs, tangents), expected)
     every = tuple(range(len(inputs)))
     gradients = torch.func.grad(lambda *args: ours(*args).square().sum(), every)(*inputs)
     plain = torch.autograd.functional.vjp(lambda *args: exact(*args).square().sum(), inputs)[1]
@@ -135,7 +126,7 @@ def test_torch_func_and_forward_mode_give_the_references_values(residual, traini
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(t, v) for t, v in zip(inputs, tangents, strict=True)]
         tangent = forward_ad.unpack_dual(ours(*duals)).tangent
-    torch.testing.assert_close(tangent, torch.func.jvp(exact, inputs, tangents)[1])
+    torch.testing.assert_close(tangent, expected[1])
 
 
 @pytest.mark.parametrize("unit", ["add_relu", "moments", "scale_shift_act"])

@@ -1,4 +1,4 @@
-"""The tolerance itself: it must let a correct result pass and fail a zero, a missing, a slightly wrong and a NaN one."""
+"""The tolerance itself: it passes correct results, and fails zero, missing, slightly wrong and NaN ones."""
 
 import pytest
 import torch

@@ -57,14 +57,14 @@ def reduce_case(form, raw, out, relu):
     return Case("scale_shift_act_backward_reduce", form, build)
 
 
-def apply_case(form, through, raw, raw_through, relu):
+def apply_cases(form, through, raw, raw_through, relu):
     def build(dtype, layout):
         own = vectors(dtype, 2) if through else [None] * 2
         others = [*images(dtype, layout, 1), *vectors(dtype, 3)] if raw else [None] * 4
         other_through = vectors(dtype, 2) if raw_through else [None] * 2
         return [*images(dtype, layout, 2), *vectors(dtype, 3), *own, *others, *other_through, relu]
 
-    return Case("scale_shift_act_backward_apply", form, build)
+    return [Case(f"scale_shift_act_backward_apply{suffix}", form, build) for suffix in ("", "_")]
 
 
 def finalize_case(form, affine, tracked, momentum, count=24):
@@ -101,13 +101,13 @@ CASES = [
     reduce_case("out-identity", False, True, False),
     reduce_case("raw-relu", True, False, True),
     reduce_case("raw-identity", True, False, False),
-    apply_case("frozen-relu", False, False, False, True),
-    apply_case("moments-relu", True, False, False, True),
-    apply_case("moments-identity", True, False, False, False),
-    apply_case("raw-frozen-relu", False, True, False, True),
-    apply_case("raw-moments-relu", True, True, True, True),
-    apply_case("raw-own-moments", True, True, False, False),
-    apply_case("raw-other-moments", False, True, True, True),
+    *apply_cases("frozen-relu", False, False, False, True),
+    *apply_cases("moments-relu", True, False, False, True),
+    *apply_cases("moments-identity", True, False, False, False),
+    *apply_cases("raw-frozen-relu", False, True, False, True),
+    *apply_cases("raw-moments-relu", True, True, True, True),
+    *apply_cases("raw-own-moments", True, True, False, False),
+    *apply_cases("raw-other-moments", False, True, True, True),
 ]
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c.form}")
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -171,11 +171,13 @@ def test_fakes_agree_and_only_what_the_schema_names_is_written(case, dtype, layo
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
-def test_in_place_form_gives_the_bits_of_the_other(): 
-    x, scale, shift = image(SHAPE, torch.bfloat16, "channels_last"), *torch.rand(2, SHAPE[1])
-    expected = ops.scale_shift_act(x, scale, shift, x.clone(), shift, scale, True)
-    assert ops.scale_shift_act_(x, scale, shift, x.clone(), shift, scale, True) is None
-    assert torch.equal(x, expected)
+@pytest.mark.parametrize("case", [case for case in CASES if case.op.endswith("_")], ids=lambda c: f"{c.op}-{c.form}")
+def test_in_place_forms_give_the_bits_of_the_others(case):
+    args = case.build(torch.bfloat16, "channels_last")
+    expected = outputs(getattr(ops, case.op[:-1])(*args))
+    written = [a for a, argument in zip(args, overload(case)._schema.arguments, strict=True) if is_written(argument)]
+    assert overload(case)(*args) is None
+    assert all(torch.equal(*pair) for pair in zip([a for a in written if a is not None], expected, strict=False))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 4), (2, 5, 0, 4), (2, 0, 3, 4)], ids=str)
@@ -188,6 +190,8 @@ def test_empty_activations(shape):
     assert ops.moments_backward(mean, var, x, mean).shape == shape
     sums, dz = ops.scale_shift_act_backward_reduce(x, x, scale, scale, scale, None, None, None, None, x, True)
     assert torch.equal(sums, torch.zeros(2, shape[1])) and dz.shape == shape
+    through = ops.scale_shift_act_backward_apply(x, x, scale, scale, scale, scale, scale, *[None] * 6, True)
+    assert through[0].shape == shape and through[1].shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -238,11 +242,13 @@ def test_every_16_bit_value_loads_and_stores_as_itself(dtype, shape):
 
 
 def edges(dtype):
-    """float32 values where conversion to `dtype` may go wrong: halfway between neighbours, and one bit to either side."""
+    """float32 values where conversion to `dtype` may go wrong: halfway between neighbours, and beside."""
     values = every_16_bit_value(dtype).float().sort().values
     values = values[values.isfinite()]
     bits = ((values[1:].double() + values[:-1].double()) / 2).float().view(torch.int32)
-    largest = torch.tensor([3.4e38, -3.4e38, 65519.99, 65520.0, 65536.0, 1e-45, -1e-45, torch.inf, -torch.inf, torch.nan])
+    largest = torch.tensor(
+        [3.4e38, -3.4e38, 65519.99, 65520.0, 65536.0, 1e-45, -1e-45, torch.inf, -torch.inf, torch.nan]
+    )
     return torch.cat([*(v.view(torch.float32) for v in (bits, bits + 1, bits - 1)), values, largest])
 
 

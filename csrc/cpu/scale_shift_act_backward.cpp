@@ -144,18 +144,17 @@ void moment_terms(const OptionalTensor& grad_mean, const OptionalTensor& grad_va
   }
 }
 
-// Returns grad_x and the gradient of the raw residual, empty where there is none.
-std::tuple<Tensor, Tensor> scale_shift_act_backward_apply(
-    const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& mean,
-    const OptionalTensor& grad_mean, const OptionalTensor& grad_var, const OptionalTensor& raw_residual,
-    const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, const OptionalTensor& residual_mean,
-    const OptionalTensor& residual_grad_mean, const OptionalTensor& residual_grad_var, bool relu) {
+// Write the gradients of x and of the raw residual to grad_x and grad_residual, which may be x and raw_residual.
+void write_gradients(const Tensor& grad_x, const Tensor& grad_residual, const Tensor& grad_out, const Tensor& x,
+                     const Tensor& scale, const Tensor& shift, const Tensor& mean, const OptionalTensor& grad_mean,
+                     const OptionalTensor& grad_var, const OptionalTensor& raw_residual,
+                     const OptionalTensor& residual_scale, const OptionalTensor& residual_shift,
+                     const OptionalTensor& residual_mean, const OptionalTensor& residual_grad_mean,
+                     const OptionalTensor& residual_grad_var, bool relu) {
   const Geometry g = geometry_of(x);
   const bool raw = raw_residual.has_value(), moments = grad_mean.has_value() || residual_grad_mean.has_value();
   check_like(grad_out, x, "grad_out");
   if (raw) check_like(*raw_residual, x, "raw_residual");
-  Tensor grad_x = new_activation(x), grad_residual = raw ? new_activation(x) : torch::stable::new_empty(x, {0});
-  if (g.numel() == 0) return {grad_x, grad_residual};
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
@@ -187,12 +186,36 @@ std::tuple<Tensor, Tensor> scale_shift_act_backward_apply(
     dispatch_mask(relu ? Mask::kRecompute : Mask::kNone, raw,
                   [&](auto m, auto r) { moments ? go(m, r, std::true_type{}) : go(m, r, std::false_type{}); });
   });
+}
+
+// Returns grad_x and the gradient of the raw residual, empty where there is none.
+std::tuple<Tensor, Tensor> scale_shift_act_backward_apply(
+    const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& mean,
+    const OptionalTensor& grad_mean, const OptionalTensor& grad_var, const OptionalTensor& raw_residual,
+    const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, const OptionalTensor& residual_mean,
+    const OptionalTensor& residual_grad_mean, const OptionalTensor& residual_grad_var, bool relu) {
+  Tensor grad_x = new_activation(x);
+  Tensor grad_residual = raw_residual.has_value() ? new_activation(x) : torch::stable::new_empty(x, {0});
+  write_gradients(grad_x, grad_residual, grad_out, x, scale, shift, mean, grad_mean, grad_var, raw_residual,
+                  residual_scale, residual_shift, residual_mean, residual_grad_mean, residual_grad_var, relu);
   return {grad_x, grad_residual};
+}
+
+// The same in place: a convolution's output that nobody reads again becomes its own gradient.
+void scale_shift_act_backward_apply_(const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                     const Tensor& mean, const OptionalTensor& grad_mean,
+                                     const OptionalTensor& grad_var, const OptionalTensor& raw_residual,
+                                     const OptionalTensor& residual_scale, const OptionalTensor& residual_shift,
+                                     const OptionalTensor& residual_mean, const OptionalTensor& residual_grad_mean,
+                                     const OptionalTensor& residual_grad_var, bool relu) {
+  write_gradients(x, raw_residual.value_or(x), grad_out, x, scale, shift, mean, grad_mean, grad_var, raw_residual,
+                  residual_scale, residual_shift, residual_mean, residual_grad_mean, residual_grad_var, relu);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
   m.impl("scale_shift_act_backward_reduce", TORCH_BOX(&scale_shift_act_backward_reduce));
   m.impl("scale_shift_act_backward_apply", TORCH_BOX(&scale_shift_act_backward_apply));
+  m.impl("scale_shift_act_backward_apply_", TORCH_BOX(&scale_shift_act_backward_apply_));
 }
 
 }  // namespace resfuse::cpu

@@ -4,13 +4,14 @@
 // to a third. Bytes per element: two reads and a write, forward and backward. The mask is the sign of the output, which
 // is kept anyway.
 // Grid: threads stride over vectors of 16 bytes, kUnroll of each argument in flight; the first threads take the
-// elements behind the last whole vector. Limits: an argument that is not aligned to 16 bytes makes a vector one element.
+// elements behind the last whole vector. Limits: an argument that is not aligned to 16 bytes makes a vector one
+// element.
 #include "launch.cuh"
 
 namespace resfuse::cuda {
 
 constexpr int kVectorBytes = 16;
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 2;
 
 template <class T, int kWidth>
 struct alignas(kWidth * sizeof(T)) Vector {
@@ -43,6 +44,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const int64_t threads = int64_t{gridDim.x} * kThreads;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
 
+#pragma unroll 1  // nvcc would unroll again: no more loads in flight, but more registers
   for (int64_t first = thread; first < vectors; first += kUnroll * threads) {
     V pa[kUnroll], pb[kUnroll];
 #pragma unroll
@@ -85,12 +87,12 @@ Tensor map(const char* name, const Tensor& a, const Tensor& b) {
 
 Tensor add_relu(const Tensor& x, const Tensor& residual) {
   check_flat(x, residual, "residual");
-  return map<AddReLU>("the kernel add_relu", x, residual);
+  return map<AddReLU>("add_relu", x, residual);
 }
 
 Tensor add_relu_backward(const Tensor& grad_out, const Tensor& out) {
   check_flat(out, grad_out, "grad_out");
-  return map<AddReLUBackward>("the kernel add_relu_backward", grad_out, out);
+  return map<AddReLUBackward>("add_relu_backward", grad_out, out);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CUDA, m) {

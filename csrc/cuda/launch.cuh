@@ -11,34 +11,33 @@
 
 namespace resfuse::cuda {
 
-// Kernels are compiled for kBlocksPerProcessor blocks of kThreads: 64 registers a thread, enough for eight 16-byte loads
-// in flight, and enough bytes in flight to saturate memory.
+// A multiprocessor runs kBlocksPerProcessor blocks of kThreads at once, which leaves a thread 64 registers. With four
+// 16-byte loads a thread that is 64 KiB in flight, above what any GPU's bandwidth times latency asks of one.
 constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 4;
 static_assert(kThreads * kBlocksPerProcessor <= 1024, "every GPU since sm_75 runs 1024 threads per multiprocessor");
 
-inline void check_cuda(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "resfuse: ", what, " failed: ", cudaGetErrorString(error));
+inline void check_cuda(cudaError_t error, const char* action, const char* object) {
+  STD_TORCH_CHECK(error == cudaSuccess, "resfuse: ", action, " ", object, " failed: ", cudaGetErrorString(error));
 }
 
 // The blocks of a grid-stride loop over `tasks` tasks, one per thread: as many as there is work for, at most as many as
 // the tensor's device runs at once.
 inline int grid_size(int64_t tasks, const Tensor& tensor) {
   int processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, tensor.get_device_index()),
-             "reading the number of multiprocessors");
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, tensor.get_device_index()), "reading",
+             "the number of multiprocessors");
   return static_cast<int>(std::min<int64_t>((tasks + kThreads - 1) / kThreads, processors * kBlocksPerProcessor));
 }
 
 // Run `kernel` on the tensor's device, in its current stream; `name` is what an error calls the kernel.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int blocks, const Tensor& tensor,
-            Arguments... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), int blocks, const Tensor& tensor, Arguments... arguments) {
   const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check_cuda(cudaGetLastError(), name);
+  check_cuda(cudaGetLastError(), "launching", name);
 }
 
 }  // namespace resfuse::cuda

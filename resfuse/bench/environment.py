@@ -26,8 +26,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         device (str): device type that is measured, "cpu" or "cuda".
 
     Returns:
-        dict: date (UTC, ISO 8601), commit and dirty (None outside a checkout), resfuse, device, device_name, capability,
-        driver, threads, load (one-minute average before the run: other work on the machine), torch, triton, python, os.
+        dict: date (UTC, ISO 8601), commit and dirty (None outside a checkout), resfuse, device, device_name,
+        capability, driver, threads, load (one-minute average before the run: other work on the machine), torch,
+        triton, python, os.
     """
     commit, dirty = _git_state(_PACKAGE.parent)
     return {

@@ -1,7 +1,7 @@
 """Parity: how far a training step is from the same step in float64, beside how far stock PyTorch is.
 
-The bound: an error is at most FACTOR times stock's in the same dtype, plus one floor per dtype, and always nearer to the
-exact step than zeros are. Stock is given in several memory layouts, since their kernels round differently; the most
+The bound: an error is at most FACTOR times stock's in the same dtype, plus one floor per dtype, and always nearer to
+the exact step than zeros are. Stock is given in several memory layouts, since their kernels round differently; the most
 exact of them counts.
 
 Errors are relative in the L2 norm: |ours - exact| / |exact|. A random network amplifies rounding chaotically, so a

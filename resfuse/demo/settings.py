@@ -1,0 +1,34 @@
+"""The sizes of the demonstration: what `resfuse demo` and `resfuse demo --quick` run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything.
+
+    Attributes:
+        network: an ImageNet network that torchvision and resfuse.models share, for parity and speed.
+        photos, photo_size: images in a batch, and their side in pixels.
+        rounds: timed samples of a training step; inference takes twice as many.
+        digits_network: a CIFAR network of resfuse.models.
+        train_digits, test_digits, digits_batch, epochs: the training run.
+        dtypes: "float32" and, as autocast, "bfloat16".
+    """
+
+    network: str = "resnet50"
+    photos: int = 8
+    photo_size: int = 224
+    rounds: int = 7
+    digits_network: str = "cifar_resnet20"
+    train_digits: int = 4000
+    test_digits: int = 1000
+    digits_batch: int = 64
+    epochs: int = 2
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+
+FULL = Settings()
+QUICK = Settings(photos=4, photo_size=128, rounds=3, train_digits=640, test_digits=320, epochs=1)
