@@ -66,13 +66,17 @@ def check_eps(name: str, eps: float) -> None:
         raise ValueError(f"{name} must be positive, got {eps}")
 
 
+def check_momentum(name: str, momentum: float | None) -> None:
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"{name} must be None or in [0, 1], got {momentum}")
+
+
 def check_batch_norm(bn: BatchNorm2dParameters, shape: Sequence[int], device: torch.device, prefix: str = "") -> None:
     """bn can normalise an activation of `shape` (N, C, H, W) on `device`."""
     for field in ("running_mean", "running_var", "weight", "bias"):
         check_vector(prefix + field, getattr(bn, field), shape[1], device)
     check_eps(f"{prefix}eps", bn.eps)
-    if bn.momentum is not None and not 0 <= bn.momentum <= 1:
-        raise ValueError(f"{prefix}momentum must be None or in [0, 1], got {bn.momentum}")
+    check_momentum(f"{prefix}momentum", bn.momentum)
     if (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given together or not at all")
     if not bn.training:

@@ -33,7 +33,10 @@ def _differentiate(
     if not wanted:
         return [None for _ in inputs]
     with torch.enable_grad(), torch.autocast(wanted[0].device.type, enabled=False):
-        found = iter(torch.autograd.grad(function(*inputs), wanted, grads, create_graph=True, allow_unused=True))
+        outputs = function(*inputs)
+        pairs = zip(*(((v,) if isinstance(v, Tensor) else v) for v in (outputs, grads)), strict=True)
+        outputs, grads = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if i is not None and i.requires_grad else None for i in inputs]
 
 
@@ -55,9 +58,9 @@ def _cast(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else grad.to(parameter.dtype)
 
 
-def _mask(z: Tensor) -> Tensor:
-    """Where relu lets a gradient through: z > 0, and NaN."""
-    return ~(z <= 0)
+def _masked(grad: Tensor, out: Tensor) -> Tensor:
+    """relu's gradient: grad where out > 0 or NaN, else 0, also for an infinite grad."""
+    return torch.where(out.detach() <= 0, 0, grad)
 
 
 class AddReLUFunction(torch.autograd.Function):
@@ -73,10 +76,8 @@ class AddReLUFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
         (out,) = ctx.saved_tensors
         if _recorded():
-            grad = grad_out * _mask(out.detach())
-        else:
-            grad = ops.add_relu_backward(_laid_out_as(grad_out, out), out)
-        return grad, grad
+            return (_masked(grad_out, out),) * 2
+        return (ops.add_relu_backward(_laid_out_as(grad_out, out), out),) * 2
 
 
 class MomentsFunction(torch.autograd.Function):
@@ -190,7 +191,7 @@ class ScaleShiftActFunction(torch.autograd.Function):
 
 def _scale_shift_act_double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x, scale, shift, raw, raw_scale, raw_shift, out = ctx.saved_tensors
-    dz = grad_out if out is None else grad_out * _mask(out.detach())
+    dz = grad_out if out is None else _masked(grad_out, out)
     activation = "relu" if ctx.relu and out is None else "identity"
 
     def forward(x: Tensor, scale: Tensor, shift: Tensor, raw: Any, raw_scale: Any, raw_shift: Any) -> Tensor:
@@ -207,9 +208,12 @@ class _Normalized:
 
     def __init__(self, x: Tensor, bn: BatchNorm2dParameters) -> None:
         self.training, self.eps = bn.training, bn.eps
+        self.mean: Tensor
+        self.var: Tensor
         if bn.training:
-            self.mean, self.var = ops.moments(x)
-            count, running = x.numel() // x.shape[1], (bn.running_mean, bn.running_var, bn.num_batches_tracked)
+            self.mean, self.var = ops.moments(x) if x.numel() > 0 else reference.empty_moments(x)
+            count = x.shape[0] * x.shape[2] * x.shape[3]
+            running: tuple[Tensor | None, ...] = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
         else:
             # copies: saved for backward, while the running statistics may change in place
             assert bn.running_mean is not None and bn.running_var is not None
@@ -347,7 +351,7 @@ def _bn_act_double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, 
         activation = "relu" if ctx.relu and out is None else "identity"
         return reference.scale_shift_act(x, scale, shift, raw, raw_scale, raw_shift, activation)
 
-    dz = grad_out if out is None else grad_out * _mask(out.detach())
+    dz = grad_out if out is None else _masked(grad_out, out)
     grads = _differentiate(forward, [x, weight, bias, raw, raw_weight, raw_bias], dz)
     if raw is None and ctx.has_residual:
         grads[3] = dz

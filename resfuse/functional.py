@@ -39,8 +39,9 @@ def _backend(unit: str, x: Tensor, requested: str | None) -> str:
     return "reference" if chosen != "reference" and _transformed() else chosen
 
 
-def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device; devices that have none, such as meta, answer False."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tens
         RuntimeError: the requested backend does not serve this call.
     """
     _checks.check_floating("x", x)
-    _checks.check_residual(residual, x.shape, x, cast=_autocasts(x))
+    _checks.check_residual(residual, x.shape, x, cast=autocasts(x.device.type))
     if _backend("add_relu", x, backend) == "reference":
         return reference.add_relu(x, residual.to(x.dtype))
     if not torch._prims_common.is_non_overlapping_and_dense_or_false(x):
@@ -99,8 +100,8 @@ def moments(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: x is not as described. RuntimeError: the requested backend does not serve this call.
 
-    Numerics: tiles are read twice, the second time around their own mean, and merged pairwise in float64 (Chan, Golub,
-    LeVeque 1979), so the result does not lose digits where |mean| is much larger than the standard deviation.
+    Numerics: deviations are summed around a center near each tile's mean, and tiles are merged pairwise in float64
+    (Chan, Golub, LeVeque 1979), so no digits are lost where |mean| is much larger than the standard deviation.
     """
     _checks.check_image("x", x)
     if _backend("moments", x, backend) == "reference":
@@ -128,10 +129,10 @@ def finalize(
         mean, var (Tensor): (C,) float32 or float64; var is biased (divided by count).
         weight, bias (Tensor | None): (C,), any floating dtype; 1 and 0 where absent.
         eps (float): positive.
-        count (int): values per channel behind mean and var; 0 leaves the running statistics alone.
+        count (int): values per channel behind mean and var; 0 leaves running_mean and running_var alone.
         running_mean, running_var (Tensor | None): (C,), updated in place:
             running <- (1 - momentum) * running + momentum * batch, with var * count / (count - 1), the unbiased one.
-        num_batches_tracked (Tensor | None): () int64, incremented where the running statistics are updated.
+        num_batches_tracked (Tensor | None): () int64, incremented.
         momentum (float | None): in [0, 1]; None is the cumulative average 1 / num_batches_tracked.
         backend (str | None): see the module's description.
 
@@ -202,7 +203,7 @@ def scale_shift_act(
     if (residual_scale is None) != (residual_shift is None) or (residual is None and residual_scale is not None):
         raise ValueError("residual_scale and residual_shift must be given together, and with a residual")
     if residual is not None:
-        _checks.check_residual(residual, x.shape, x, cast=_autocasts(x))
+        _checks.check_residual(residual, x.shape, x, cast=autocasts(x.device.type))
     if _backend("scale_shift_act", x, backend) == "reference":
         return reference.scale_shift_act(x, scale, shift, residual, residual_scale, residual_shift, activation)
     x = _dense(x)
@@ -279,7 +280,7 @@ def bn_act(
     """
     _checks.check_image("x", x)
     _checks.check_activation_name(activation)
-    _checks.check_norms(x, x.shape, bn, residual, residual_bn, cast=_autocasts(x))
+    _checks.check_norms(x, x.shape, bn, residual, residual_bn, cast=autocasts(x.device.type))
     return _bn_act(x, bn, residual, residual_bn, activation, backend)
 
 
@@ -295,7 +296,7 @@ def _residual_chain(
     backend: str | None,
 ) -> Tensor:
     _checks.check_activation_name(activation)
-    _checks.check_chain(x, layers, shortcut, cast=isinstance(x, Tensor) and _autocasts(x))
+    _checks.check_chain(x, layers, shortcut, cast=isinstance(x, Tensor) and autocasts(x.device.type))
     choose("bn_act", x.device.type, x.dtype, backend)  # a missing backend raises before a running statistic changes
     residual_bn = None
     residual = x if shortcut is None else shortcut
@@ -336,7 +337,7 @@ def conv_bn_act(
     """
     _checks.check_image("x", x)
     _checks.check_activation_name(activation)
-    cast = _autocasts(x)
+    cast = autocasts(x.device.type)
     shape = _checks.check_conv(conv, x.shape, x, cast=cast, prefix="conv.")
     _checks.check_norms(x, shape, bn, residual, residual_bn, cast=cast)
     return _bn_act(_conv(x, conv), bn, residual, residual_bn, activation, backend, owned=residual_bn is None)

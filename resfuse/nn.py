@@ -17,7 +17,7 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.batchnorm import _NormBase
 
 from resfuse import backends, functional
-from resfuse._checks import check_activation_name, check_eps
+from resfuse._checks import check_activation_name, check_eps, check_momentum
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 
 
@@ -94,6 +94,7 @@ class BNAct2d(_NormBase):
     ) -> None:
         check_activation_name(activation)
         check_eps("eps", eps)
+        check_momentum("momentum", momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.activation = activation
         self.backend = backend
@@ -143,6 +144,7 @@ class ConvBNAct2d(nn.Module):
     ) -> None:
         check_activation_name(activation)
         check_eps("eps", eps)
+        check_momentum("momentum", momentum)
         super().__init__()
         if padding is None:
             padding = dilation * (kernel_size - 1) // 2
@@ -233,7 +235,7 @@ def _why_not_projection(downsample: nn.Module | None) -> str | None:
 
 def why_stock_input(device: str, dtype: torch.dtype, backend: str | None) -> str | None:
     """Why no backend serves activations on this device in this dtype; a requested backend is left to raise."""
-    if torch.is_autocast_enabled(device):
+    if functional.autocasts(device):
         dtype = torch.get_autocast_dtype(device)
     if backend is None and (reason := backends.missing("bn_act", "native", device, dtype)) is not None:
         return f"no backend serves {dtype} on {device}: {reason}"

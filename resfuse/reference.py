@@ -42,6 +42,12 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (a - _per_channel(mean)).square().mean((0, 2, 3))
 
 
+def empty_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments for an empty batch: zeros, so that its gradients are zeros, as stock's, and not NaN."""
+    zeros = _accumulate(x).new_zeros(x.shape[1])
+    return zeros, zeros.clone()
+
+
 def finalize(
     mean: Tensor,
     var: Tensor,
@@ -58,7 +64,7 @@ def finalize(
     """scale = weight / sqrt(var + eps), shift = bias - mean * scale; running statistics are updated in place.
 
     running <- (1 - momentum) * running + momentum * batch, with the unbiased variance var * count / (count - 1).
-    momentum None averages over all batches seen: 1 / num_batches_tracked.
+    momentum None averages over all batches seen: 1 / num_batches_tracked. An empty batch (count 0) is only counted.
     """
     scale = torch.rsqrt(var + eps)
     if weight is not None:
@@ -66,8 +72,10 @@ def finalize(
     shift = -mean * scale
     if bias is not None:
         shift = shift + bias.to(shift.dtype)
-    if running_mean is not None and running_var is not None and count > 0:
-        with torch.no_grad():
+    with torch.no_grad():
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if running_mean is not None and running_var is not None and count > 0:
             _update_running_statistics(mean, var, count, running_mean, running_var, num_batches_tracked, momentum)
     return scale, shift
 
@@ -82,10 +90,8 @@ def _update_running_statistics(
     momentum: float | None,
 ) -> None:
     factor: float | Tensor = 0.0 if momentum is None else momentum
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            factor = num_batches_tracked.to(mean.dtype).reciprocal()
+    if momentum is None and num_batches_tracked is not None:
+        factor = num_batches_tracked.to(mean.dtype).reciprocal()
     unbiased = var * (count / max(count - 1, 1))
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
         running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
@@ -193,14 +199,14 @@ def batch_norm_affine(x: Tensor, bn: BatchNorm2dParameters) -> tuple[Tensor, Ten
         # copies: a later update in place must not reach what autograd has kept
         mean, var = bn.running_mean.to(dtype, copy=True), bn.running_var.to(dtype, copy=True)
         return finalize(mean, var, bn.weight, bn.bias, bn.eps)
-    mean, var = moments(x)
+    mean, var = moments(x) if x.numel() > 0 else empty_moments(x)
     return finalize(
         mean,
         var,
         bn.weight,
         bn.bias,
         bn.eps,
-        count=x.numel() // x.shape[1],
+        count=x.shape[0] * x.shape[2] * x.shape[3],
         running_mean=bn.running_mean,
         running_var=bn.running_var,
         num_batches_tracked=bn.num_batches_tracked,

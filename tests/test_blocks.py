@@ -316,6 +316,14 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(depth, shortcut):
         torch.autograd.grad(out, leaves, grad_out)
 
 
+def test_a_raw_residual_of_the_caller_is_not_used_up():
+    unit, x, residual = Unit(1, 7, 7, "projection"), leaf(image((4, 7, 6, 6))), leaf(image((4, 7, 6, 6)))
+    norms, before = [batch_norm_parameters(bn) for bn in unit.norms], residual.detach().clone()
+    conv = conv_parameters(unit.convs[0])
+    functional.conv_bn_act(x, conv, norms[0], residual, norms[1], backend="native").square().sum().backward()
+    assert torch.equal(residual, before) and residual.grad.norm() > 1e-3
+
+
 @DEPTHS
 def test_checkpointing_gives_the_same_gradients(depth):
     unit, x = Unit(depth, 7, 7, "projection"), leaf(image((4, 7, 6, 6)))

@@ -1,6 +1,7 @@
 """Fused networks under torch.compile (whole graphs, no recompiles, the numbers of eager) and under graph tracers."""
 
 import copy
+import importlib
 import io
 from functools import partial
 
@@ -235,7 +236,7 @@ def graph(traced):
 
 
 def test_symbolic_trace_gives_the_stock_graph():
-    stock = models.CifarResNet(8)
+    stock = network()
     fused = resfuse.fuse(copy.deepcopy(stock))
     assert graph(torch.fx.symbolic_trace(fused)) == graph(torch.fx.symbolic_trace(stock))
 
@@ -245,7 +246,7 @@ def test_create_feature_extractor_gives_the_stock_graph():
         torchvision = import_torchvision()
     except ImportError:
         pytest.skip("torchvision is not installed")
-    extract = torchvision.models.feature_extraction.create_feature_extractor
+    extract = importlib.import_module("torchvision.models.feature_extraction").create_feature_extractor
     stock = torchvision.models.resnet18().eval()
     fused, x = resfuse.fuse(copy.deepcopy(stock)), torch.randn(1, 3, 32, 32)
     ours, theirs = (extract(model, ["layer1.0.relu", "layer3"]) for model in (fused, stock))

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_exact
+from numerics import assert_all_as_exact
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import module as torch_module
@@ -58,7 +58,7 @@ def three(name="projection", prepare=lambda block: None):
     return blocks
 
 
-def image(block, batch=3):
+def image(block, batch=8):
     return torch.randn(batch, block.conv1.in_channels, 7, 7) + 0.5
 
 
@@ -74,13 +74,21 @@ def step(call, block, x, *, scale=1.0, autocast=False, needs_grad=True):
     return found | {key: b.clone() for key, b in block.named_buffers()}
 
 
+def judged(result, exact):
+    """Results by name, all gradients as one vector in which each has length 1: few channels make an error haphazard."""
+    found = {key: t for key, t in result.items() if not key.startswith("grad") and t is not None}
+    grads = [(t, exact[key]) for key, t in result.items() if key.startswith("grad") and t is not None]
+    assert [t is None for t in result.values()] == [t is None for t in exact.values()]
+    if grads:
+        found["grads"] = torch.cat([(t / wanted.norm().to(t.dtype)).flatten() for t, wanted in grads])
+    return found
+
+
 def assert_as_stock(blocks, x, wrap=lambda block: block, *, margin=100, **options):
     """A step of the fused block is as exact as one of the stock block."""
     results = [step(wrap(b), b, x.to(next(b.parameters()).dtype), **options) for b in blocks[:2]]
-    options.pop("autocast", None)
-    exact = step(wrap(blocks[2]), blocks[2], x.double(), **options)
-    for key, wanted in exact.items():
-        assert_as_exact(results[0][key], results[1][key], wanted, key, margin=margin)
+    exact = step(wrap(blocks[2]), blocks[2], x.double(), **options | {"autocast": False})
+    assert_all_as_exact(*(judged(result, exact) for result in (*results, exact)), margin=margin)
 
 
 def runs_fused(block, x=None):
@@ -97,6 +105,8 @@ MODES = {
     "frozen-convolutions": lambda block: [m.weight.requires_grad_(False) for m in (block.conv1, block.conv2)],
     "frozen": lambda block: block.requires_grad_(False).eval(),
     "momentum-none": lambda block: [setattr(bn, "momentum", None) for bn in norms(block)],
+    "momentum-1.5": lambda block: setattr(block.bn1, "momentum", 1.5),
+    "eps-0-in-eval": lambda block: setattr(block.eval().bn1, "eps", 0.0),
     "momentum-0": lambda block: [setattr(bn, "momentum", 0.0) for bn in norms(block)],
     "untracked": lambda block: [setattr(bn, "track_running_stats", False) for bn in norms(block)],
     "no-bias": lambda block: [setattr(bn, "bias", None) for bn in norms(block)],
@@ -113,21 +123,12 @@ def test_modes(name, mode):
     assert runs_fused(blocks[0], image(blocks[0]).requires_grad_())
 
 
-@pytest.mark.parametrize("momentum", [1.5, -0.1])
-def test_a_momentum_that_stock_accepts(momentum):
-    blocks = three(prepare=lambda block: setattr(block.bn1, "momentum", momentum))
-    assert_as_stock(blocks, image(blocks[0]))
-
-
-def test_eps_of_0_in_eval():
-    blocks = three(prepare=lambda block: setattr(block.eval().bn1, "eps", 0.0))
-    assert_as_stock(blocks, image(blocks[0]))
-
-
 @EVERY_BLOCK
 def test_autocast(name):
     blocks = three(name)
-    assert_as_stock(blocks, image(blocks[0]), autocast=True, margin=1)
+    assert_as_stock(
+        blocks, image(blocks[0], 64), autocast=True, margin=1
+    )  # many values, so that flips of relu even out
     with torch.autocast("cpu", torch.bfloat16):
         assert blocks[0](image(blocks[0])).dtype == torch.bfloat16
 
@@ -304,8 +305,7 @@ def test_averaged_model_and_update_bn():
         dtype = next(block.parameters()).dtype
         torch.optim.swa_utils.update_bn([x.to(dtype) for x in data], averaged)
         results.append(dict(averaged.named_buffers()))
-    for key in results[2]:
-        assert_as_exact(*(result[key] for result in results), key)
+    assert_all_as_exact(*results)
     assert results[0]["module.bn1.num_batches_tracked"] == 3
 
 
@@ -359,9 +359,8 @@ def test_double_backward(name, mode):
         wanted = [x, *block.parameters()]
         first = torch.autograd.grad(block(x).pow(2).sum(), wanted, create_graph=True)
         second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), wanted)
-        results.append({key: g for key, g in zip(["x", *dict(block.named_parameters())], second, strict=True)})
-    for key, expected in results[2].items():
-        assert_as_exact(results[0][key], results[1][key], expected, f"grad {key}")
+        results.append({f"grad {i}": grad for i, grad in enumerate(second)})
+    assert_all_as_exact(*(judged(result, results[2]) for result in results))
 
 
 def test_func_transforms_in_eval():
@@ -373,10 +372,10 @@ def test_func_transforms_in_eval():
         def loss(state, x, block=block):
             return functional_call(block, state, (x[None],)).pow(2).sum()
 
-        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(state, x)
-        results.append(found | {"jvp": torch.func.jvp(block, (x,), (x.cos(),))[1]})
-    for key, expected in results[2].items():
-        assert_as_exact(results[0][key].detach(), results[1][key], expected, f"grad {key}")
+        per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(state, x)
+        results.append({f"grad {key}": grad.detach() for key, grad in per_sample.items()})
+        results[-1]["jvp"] = torch.func.jvp(block, (x,), (x.cos(),))[1].detach()
+    assert_all_as_exact(*(judged(result, results[2]) for result in results))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -387,8 +386,7 @@ def test_without_gradients(mode, training):
     with mode():
         for block in blocks:
             results.append({"out": block(x.to(block.conv1.weight.dtype)), **dict(block.named_buffers())})
-    for key in results[2]:
-        assert_as_exact(*(result[key] for result in results), key)
+    assert_all_as_exact(*results)
 
 
 def ddp_worker(rank, folder):

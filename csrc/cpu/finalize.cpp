@@ -59,9 +59,9 @@ std::tuple<Tensor, Tensor> finalize(const Tensor& mean, const Tensor& var, int64
   Channels running_means(running_mean, channels, "running_mean"), running_vars(running_var, channels, "running_var");
   Tensor scale = new_vector(mean, 1, channels, dtype), shift = new_vector(mean, 1, channels, dtype);
 
-  // N = 0 leaves the running statistics alone: there is nothing to average in.
+  // An empty batch is counted and leaves the running statistics alone: there is nothing to average in.
   const bool update = running_means && running_vars && count > 0;
-  const double factor = count > 0 ? average_factor(num_batches_tracked, momentum) : 0.0;
+  const double factor = average_factor(num_batches_tracked, momentum);
   const double unbiased = count > 1 ? static_cast<double>(count) / static_cast<double>(count - 1) : 1.0;
   dispatch_dtype(dtype, [&](auto tag) {
     using A = acc_t<decltype(tag)>;

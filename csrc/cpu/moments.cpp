@@ -1,6 +1,6 @@
 // moments on the CPU: per-channel mean and biased variance over N, H and W, and their backward.
 //
-// Forward reads x once from memory and once from L2. Backward reads x and writes
+// Forward reads x once. Backward reads x and writes
 //     grad_x = grad_mean / M + 2 * grad_var / M * (x - mean),  M = N * H * W.
 #include <limits>
 

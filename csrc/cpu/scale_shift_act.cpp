@@ -59,8 +59,8 @@ void pass_with_moments(const Geometry& g, const std::array<const acc_t<T>*, 4>& 
 // Write act(...) to `out`, which may be x itself.
 template <bool kMoments>
 void run(const Tensor& x, const Tensor& out, const Tensor& scale, const Tensor& shift, const OptionalTensor& residual,
-           const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, bool relu, Tensor* mean,
-           Tensor* var) {
+         const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, bool relu, Tensor* mean,
+         Tensor* var) {
   const Geometry g = geometry_of(x);
   if (residual.has_value()) check_like(*residual, x, "residual");
   STD_TORCH_CHECK(

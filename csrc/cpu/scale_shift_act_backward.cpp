@@ -32,7 +32,7 @@ RESFUSE_CLONES void reduce_loop(const T* grad_out, const T* x, const T* other, T
   for_row_groups<kMask == Mask::kOutput ? 1 : 4>(rows, [&](auto group, int64_t row) RESFUSE_INLINE_LAMBDA {
     RESFUSE_INDEPENDENT
     for (int64_t j = 0; j < width; ++j) {
-      A s = sum[j], sx = sum_x[j], sr = kRaw ? sum_r[j] : A(0);
+      A s = 0, sx = 0, sr = 0;
       for (int k = 0; k < decltype(group)::value; ++k) {
         const int64_t i = (row + k) * width + j;
         const A value = load(x[i]), value_r = kRaw ? load(other[i]) : A(0);
@@ -47,9 +47,9 @@ RESFUSE_CLONES void reduce_loop(const T* grad_out, const T* x, const T* other, T
         sx += dz * (value - a.mean[j]);
         if constexpr (kRaw) sr += dz * (value_r - b.mean[j]);
       }
-      sum[j] = s;
-      sum_x[j] = sx;
-      if constexpr (kRaw) sum_r[j] = sr;
+      sum[j] += s;
+      sum_x[j] += sx;
+      if constexpr (kRaw) sum_r[j] += sr;
     }
   });
 }
@@ -155,6 +155,7 @@ void write_gradients(const Tensor& grad_x, const Tensor& grad_residual, const Te
   const bool raw = raw_residual.has_value(), moments = grad_mean.has_value() || residual_grad_mean.has_value();
   check_like(grad_out, x, "grad_out");
   if (raw) check_like(*raw_residual, x, "raw_residual");
+  if (g.numel() == 0) return;
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;

@@ -21,7 +21,8 @@ constexpr int64_t kMinLanes = 128;         // a channels_last row narrower than 
 constexpr int64_t kPlaneLanes = 256;       // the width of a block within a contiguous plane
 constexpr int64_t kTaskElements = 16384;   // elements that a thread takes at once
 constexpr int64_t kGrainElements = 32768;  // below this a tensor is not worth a second thread
-constexpr int64_t kTileBytes = 131072;     // a tile is read twice and stays in L2 in between
+constexpr int64_t kTileBytes = 131072;     // a tile that was just written, or is read twice, is still in L2
+constexpr int64_t kTileRows = 128;         // a float sum over a tile is exact to a few units in the last place
 constexpr int64_t kMaxSlabs = 64;
 constexpr int64_t kSlabRows = 64;
 
@@ -105,10 +106,11 @@ void for_each_block(const Geometry& g, const std::array<const A*, K>& vectors, c
   });
 }
 
-// Add lanes that belong to the same channel: `width` lanes onto the first `channels`.
+// Add the lanes of each channel, `repeat` of them, to its sum in double.
 template <class A>
-void fold_lanes(A* lanes, int64_t width, int64_t channels) {
-  for (int64_t j = channels; j < width; ++j) lanes[j % channels] += lanes[j];
+RESFUSE_CLONES void add_lanes(const A* lanes, int64_t repeat, int64_t channels, double* sums) {
+  for (int64_t r = 0; r < repeat; ++r) RESFUSE_INDEPENDENT
+  for (int64_t c = 0; c < channels; ++c) sums[c] += lanes[r * channels + c];
 }
 
 // The fixed partition of a reduction. A slab is a run of pixels (channels_last) or one image (contiguous); a tile is a
@@ -121,7 +123,7 @@ struct Slabs {
   Slabs(const Geometry& g, int64_t element_size) {
     const int64_t row_bytes = (g.channels_last ? g.channels : 1) * element_size;
     const int64_t repeat = g.channels_last ? pixels_per_row(g.channels) : kPlaneLanes;
-    tile = repeat * std::clamp<int64_t>(kTileBytes / (row_bytes * repeat), 8, 512);
+    tile = repeat * std::clamp<int64_t>(kTileBytes / (row_bytes * repeat), 8, kTileRows);
     // Merging reads a slab's sums once, so a slab of at least kSlabRows pixels makes it a small part of the work.
     const int64_t wanted =
         std::clamp<int64_t>(std::min(g.numel() / kGrainElements, g.rows() / kSlabRows), 1, kMaxSlabs);
@@ -164,10 +166,7 @@ void reduce_blocks(const Geometry& g, int64_t element_size, const std::array<con
       std::fill_n(storage.get(), S * width, A(0));
       for_each_row_block(origin + tile * channels, std::min(slabs.tile, end - tile), channels, repeat,
                          [&](int64_t offset, int64_t rows, int64_t w) { f(offset, rows, w, lanes, sums); });
-      for (int s = 0; s < S; ++s) {
-        fold_lanes(sums[s], width, channels);
-        for (int64_t j = 0; j < channels; ++j) out[s * g.channels + j] += sums[s][j];
-      }
+      for (int s = 0; s < S; ++s) add_lanes(sums[s], repeat, channels, out + s * g.channels);
     }
   });
   const int64_t size = S * g.channels;

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -53,7 +53,11 @@ def model_tensors(model: nn.Module) -> list[Tensor]:
 
 def peak_resident_bytes() -> int:
     """The most memory this process has held at once, as the operating system counts it (Linux and macOS)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # not ru_maxrss: on Linux a child starts with its parent's
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     import resource  # absent on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

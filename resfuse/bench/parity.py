@@ -38,7 +38,7 @@ class Errors(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """One comparison with its bound."""
+    """One comparison with its bound; `quantity` names the quantity, and "median" or "worst" of its single tensors."""
 
     quantity: str
     ours: float
@@ -132,7 +132,7 @@ _JUDGED = {
     "running_mean": ("together", "worst"),
     "running_var": ("together", "worst"),
 }
-_LABELS = {"together": "", "median": ", median tensor", "worst": ", worst tensor"}
+_LABELS = {"together": "", "median": ", median", "worst": ", worst"}
 
 
 def judge(ours: Mapping[str, Errors], stock: Sequence[Mapping[str, Errors]], dtype: torch.dtype) -> list[Verdict]:

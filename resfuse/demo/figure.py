@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # draws into files, on machines without a screen
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 
 from resfuse.bench.environment import describe
@@ -44,19 +45,23 @@ def draw(report: dict[str, Any], photos: Tensor, path: Path) -> None:
     """
     with plt.rc_context(_STYLE):
         figure = plt.figure(figsize=(13, 10), dpi=130)
-        grid = figure.add_gridspec(3, 1, height_ratios=(0.62, 1.5, 1.6), hspace=0.38, top=0.9, bottom=0.115,
-                                   left=0.045, right=0.98)  # fmt: skip
-        _photos(figure, grid[0], photos)
-        _parity(figure, grid[1], report["parity"]["dtypes"])
-        times, memory, curves = figure.add_subfigure(grid[2]).subplots(
-            1, 3, gridspec_kw={"width_ratios": (1.35, 0.7, 1.6), "left": 0.06, "right": 0.98, "wspace": 0.28}
-        )
+        _frame(figure, report)
+        _photos(_row(figure, max(len(photos), 8), top=0.9, bottom=0.775, left=0.045, wspace=0.04), photos)
+        dtypes = report["parity"]["dtypes"]
+        _parity(_row(figure, len(dtypes), top=0.735, bottom=0.45, left=0.155, wspace=0.06), dtypes)
+        widths = {"width_ratios": (1.5, 0.62, 1.6), "wspace": 0.27}
+        times, memory, curves = _row(figure, 3, top=0.36, bottom=0.105, left=0.075, **widths)
         _times(times, report["speed"])
         _memory(memory, report["speed"])
         _curves(curves, report["digits"], report["settings"])
-        _frame(figure, report)
         figure.savefig(path)
         plt.close(figure)
+
+
+def _row(figure: Figure, count: int, **place: Any) -> list[Axes]:
+    """`count` axes beside each other."""
+    grid = figure.add_gridspec(1, count, right=0.98, **place)
+    return [figure.add_subplot(grid[0, i]) for i in range(count)]
 
 
 def _frame(figure: Figure, report: dict[str, Any]) -> None:
@@ -71,21 +76,14 @@ def _frame(figure: Figure, report: dict[str, Any]) -> None:
     figure.text(0.045, 0.022, caption, fontsize=8, color="#6b7280", va="bottom")
 
 
-def _photos(figure: Figure, cell: Any, photos: Tensor) -> None:
-    axes = figure.add_subfigure(cell).subplots(
-        1, max(len(photos), 8), gridspec_kw={"left": 0.045, "right": 0.98, "top": 1.0, "bottom": 0.0, "wspace": 0.05}
-    )
+def _photos(axes: list[Axes], photos: Tensor) -> None:
     for axis in axes:
         axis.axis("off")
     for axis, photo in zip(axes, photos, strict=False):
         axis.imshow(photo.permute(1, 2, 0).numpy())
 
 
-def _parity(figure: Figure, cell: Any, dtypes: dict[str, Any]) -> None:
-    axes = figure.add_subfigure(cell).subplots(
-        1, len(dtypes), sharey=True, squeeze=False,
-        gridspec_kw={"left": 0.155, "right": 0.98, "bottom": 0.12, "top": 0.88, "wspace": 0.06},
-    )[0]  # fmt: skip
+def _parity(axes: list[Axes], dtypes: dict[str, Any]) -> None:
     for axis, (name, record) in zip(axes, dtypes.items(), strict=True):
         verdicts = worst_verdicts(record)
         rows = range(len(verdicts))
@@ -96,10 +94,11 @@ def _parity(figure: Figure, cell: Any, dtypes: dict[str, Any]) -> None:
         axis.plot([v["stock"] for v in verdicts], rows, "o", ms=8, color=_STOCK, label="stock")
         axis.plot([v["ours"] for v in verdicts], rows, "D", ms=5.5, color=_FUSED, label="fused")
         axis.set(xscale="log", yticks=list(rows), yticklabels=[v["quantity"] for v in verdicts])
+        axis.invert_yaxis()
+        axis.tick_params(labelleft=axis is axes[0])
         axis.set_title(f"Error against float64, {name}" + (" autocast" if name != "float32" else ""))
         axis.set_xlabel("relative L2 error of one training step")
         axis.grid(axis="x", color="#eef0f3")
-    axes[0].invert_yaxis()
     axes[-1].legend(loc="lower left", frameon=False, fontsize=8.5)
 
 
@@ -116,7 +115,6 @@ def _bars(axis: Axes, labels: list[str], bars: dict[str, list[float]], spans: di
     axis.set_xticks(range(len(labels)), labels)
     axis.set_ylim(0, axis.get_ylim()[1] * 1.12)
     axis.grid(axis="y", color="#eef0f3")
-    axis.legend(loc="upper right", frameon=False, fontsize=8.5)
 
 
 def _times(axis: Axes, speed: list[dict[str, Any]]) -> None:
@@ -127,18 +125,19 @@ def _times(axis: Axes, speed: list[dict[str, Any]]) -> None:
         bars[name] = median
         spans[name] = [[m - low for m, low in zip(median, p20, strict=True)],
                        [high - m for m, high in zip(median, p80, strict=True)]]  # fmt: skip
-    notes = [f"{1 / cell['ratio']['of_medians']:.2f}x as fast" for _, cell in cells]
+    notes = [f"{1 / cell['ratio']['of_medians']:.2f}x" for _, cell in cells]
     _bars(axis, [label for label, _ in cells], bars, spans, notes)
+    axis.legend(loc="upper right", frameon=False, fontsize=8.5)
     axis.set_title(f"Time of a batch of {speed[0]['batch']}")
-    axis.set_ylabel("ms, median with p20 to p80")
+    axis.set_ylabel("ms, median with p20 to p80; above: speed-up", fontsize=8.5)
 
 
 def _memory(axis: Axes, speed: list[dict[str, Any]]) -> None:
     bars = {name: [r["saved_bytes"][name] / 1e6 for r in speed] for name in ("stock", "fused")}
-    notes = [f"{fused / stock:.2f} of stock" for stock, fused in zip(bars["stock"], bars["fused"], strict=True)]
+    notes = [f"{fused / stock:.2f}" for stock, fused in zip(bars["stock"], bars["fused"], strict=True)]
     _bars(axis, [r["dtype"] for r in speed], bars, {}, notes)
-    axis.set_title("Kept for backward")
-    axis.set_ylabel("MB")
+    axis.set_title("Saved for backward")
+    axis.set_ylabel("MB; above: share of stock", fontsize=8.5)
 
 
 def _curves(axis: Axes, digits: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -149,6 +148,8 @@ def _curves(axis: Axes, digits: dict[str, Any], settings: dict[str, Any]) -> Non
         axis.plot(losses, color=colour, alpha=0.25, lw=1)
         axis.plot([sum(w) / len(w) for w in window], color=colour, lw=width, label=label)
     axis.set(yscale="log", xlabel="step", ylabel="loss; bold: mean of 10 steps")
-    axis.set_title(f"{settings['digits_network']} on {settings['train_digits']} digits, {settings['epochs']} epochs")
+    axis.set_title(f"{settings['digits_network']} on {settings['train_digits']} digits, epochs: {settings['epochs']}")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(color="#eef0f3")
     axis.legend(loc="upper right", frameon=False)

@@ -31,4 +31,4 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(photos=4, photo_size=128, rounds=3, train_digits=640, test_digits=320, epochs=1)
+QUICK = Settings(photos=4, photo_size=128, rounds=3, train_digits=2000, test_digits=500, epochs=1)

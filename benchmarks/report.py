@@ -1,0 +1,165 @@
+"""The README's tables, generated from the newest records of benchmarks/results; `--check` only compares.
+
+Records of quick runs are left out. A cell of a table comes from one record or from one run, so that its ratios are
+between times that were taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from resfuse.bench.records import Record, read
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+_MODES = ("training", "inference")
+
+
+def newest(records: list[Record], *keys: str) -> list[Record]:
+    """For each value of `keys` the last record that is not quick, in the order of first appearance."""
+    found: dict[str, Record] = {}
+    for record in records:
+        if not record["quick"]:
+            found[repr([record[key] for key in keys])] = record
+    return list(found.values())
+
+
+def render(models: list[Record], units: list[Record]) -> str:
+    """The text between the markers: tables with their captions, or nothing where nothing was measured.
+
+    Args:
+        models (list[Record]): of bench_models.py, oldest first.
+        units (list[Record]): of bench_units.py, oldest first.
+
+    Returns:
+        str: Markdown, ending in a line break unless it is empty.
+    """
+    parts = []
+    models = newest(models, "model", "mode", "dtype", "batch", "size")
+    units = _last_run(newest(units, "unit", "form", "dtype", "shape"))
+    if models:
+        parts += [_models_table(models), _caption(models, "Median of interleaved samples; more images/s is better.")]
+    if units:
+        parts += [_units_table(units), _caption(units, _UNITS_NOTE)]
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def _last_run(records: list[Record]) -> list[Record]:
+    last = max((record["environment"]["date"] for record in records), default=None)
+    return [record for record in records if record["environment"]["date"] == last]
+
+
+def _table(head: list[str], rows: list[list[str]], left: int) -> str:
+    """A Markdown table whose first `left` columns are text and the others numbers."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def _models_table(records: list[Record]) -> str:
+    head = ["network", "", "dtype", "batch", "eager images/s", "torch.compile", "resfuse", "to eager", "to compile",
+            "saved, to eager", "peak MB, eager", "resfuse"]  # fmt: skip
+    ordered = sorted(records, key=lambda r: (_MODES.index(r["mode"]), r["model"], r["batch"], r["dtype"] != "float32"))
+    return _table(head, [_models_row(record) for record in ordered], left=3)
+
+
+def _models_row(record: Record) -> list[str]:
+    variants = record["variants"]
+
+    def cell(variant: str, key: str, form: str, scale: float = 1.0) -> str:
+        value = variants.get(variant, {}).get(key)
+        return "" if value is None else format(value * scale, form)
+
+    saved = [variants.get(name, {}).get("saved_bytes") for name in ("fused", "eager")]
+    return [
+        record["model"], record["mode"], record["dtype"], str(record["batch"]),
+        *(cell(name, "images_per_s", ".1f") for name in ("eager", "compile", "fused")),
+        *(_speedup(record["ratios"].get(f"fused/{name}")) for name in ("eager", "compile")),
+        f"{saved[0] / saved[1]:.2f}" if all(saved) else "",
+        *(cell(name, "peak_rss_bytes", ".0f", 1e-6) for name in ("eager", "fused")),
+    ]  # fmt: skip
+
+
+def _speedup(ratio: dict[str, float] | None) -> str:
+    return "" if ratio is None else f"{1 / ratio['of_medians']:.2f}x"
+
+
+_UNITS_NOTE = (
+    "Bandwidth is bytes that the mathematics must move over the median time, `of a copy` its share of what "
+    "`dst.copy_(src)` reached in the same rounds: median over the shapes, and the range. `to stock` is the geometric "
+    "mean of the speed-ups over stock torch operators, and the range; below 1x is slower."
+)
+
+
+def _units_table(records: list[Record]) -> str:
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["unit"], record["form"], record["dtype"]), []).append(record)
+    rows = []
+    for (unit, form, dtype), cells in sorted(groups.items()):
+        shares = [cell["share_of_copy"] for cell in cells]
+        rates = [cell["gb_per_s"] for cell in cells]
+        gains = [1 / cell["over_stock"]["of_medians"] for cell in cells if cell["over_stock"]]
+        rows.append(
+            [unit, form, dtype, f"{statistics.median(rates):.0f}", _spread(statistics.median(shares), shares, ".0%"),
+             _spread(statistics.geometric_mean(gains), gains, ".2f", "x") if gains else ""]
+        )  # fmt: skip
+    return _table(["unit", "residual", "dtype", "GB/s", "of a copy", "to stock"], rows, left=3)
+
+
+def _spread(middle: float, values: list[float], form: str, unit: str = "") -> str:
+    return f"{middle:{form}}{unit} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _caption(records: list[Record], note: str) -> str:
+    """The note, then where the records were taken: each distinct environment once."""
+    places = dict.fromkeys(_place(record["environment"]) for record in records)
+    shapes = dict.fromkeys("x".join(map(str, record["shape"])) for record in records if "shape" in record)
+    over = f" Shapes: {', '.join(shapes)}." if shapes else ""
+    return f"{note}{over} Measured on {'; '.join(places)}."
+
+
+def _place(where: dict[str, Any]) -> str:
+    commit = f"commit {where['commit'][:9]}" if where["commit"] else "no commit"
+    dirty = " with uncommitted changes" if where["dirty"] else ""
+    return (
+        f"{where['device_name']} ({where['capability']}), {where['threads']} threads, torch {where['torch']}, "
+        f"{where['date'][:10]}, {commit}{dirty}"
+    )
+
+
+def replace_block(text: str, block: str) -> str:
+    """`text` with what is between the markers replaced by `block`; the lines of the markers stay.
+
+    Raises:
+        ValueError: `text` does not hold one start marker followed by one end marker.
+    """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"the text must hold {START} and after it {END}, once each")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{block}{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rewrite the README's tables, or with --check say whether they are those of the results; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the tables are stale")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args(arguments)
+    text = options.readme.read_text(encoding="utf-8")
+    block = render(read(options.results / "models.jsonl"), read(options.results / "units.jsonl"))
+    wanted = replace_block(text, block)
+    if not options.check:
+        options.readme.write_text(wanted, encoding="utf-8")
+    elif text != wanted:
+        print(f"{options.readme}: the tables are not those of {options.results}; run python benchmarks/report.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
