@@ -39,16 +39,15 @@ def demo(
     Exits with 1 if a parity bound is broken, and with 2 if the demonstration cannot run.
     """
     try:
-        from resfuse.demo.run import run
+        from resfuse.demo.run import choose_backend, run
         from resfuse.demo.settings import FULL, QUICK
     except ModuleNotFoundError as missing:
         raise _stop(f"the demo needs {missing.name}: {_INSTALL}") from None
     try:
-        held = run(output, QUICK if quick else FULL, backend)
+        choose_backend(backend)
     except (ValueError, RuntimeError) as error:
-        if backend is None:
-            raise
         raise _stop(str(error)) from None
+    held = run(output, QUICK if quick else FULL, backend)
     raise typer.Exit(0 if held else 1)
 
 

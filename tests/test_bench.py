@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resfuse import models
+from resfuse import backends, models
 from resfuse.bench import parity
 from resfuse.bench.environment import describe, environment
 from resfuse.bench.memory import model_tensors, peak_resident_bytes, saved_memory
@@ -21,11 +21,23 @@ from resfuse.bench.shapes import batch_norm_shapes
 from resfuse.bench.timing import calls_for, compare, interleave, milliseconds, quantile, summarise
 
 ROOT = Path(__file__).parents[1]
+needs_native = pytest.mark.skipif(
+    backends.missing("bn_act", "native", "cpu", torch.float32) is not None, reason="the native library is missing"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The work is small: a second thread only waits for the first, long where the machine is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -313,6 +325,7 @@ def test_report_refuses_a_text_without_its_markers(text):
         report.replace_block(text.format(report.START, report.END), "new")
 
 
+@needs_native
 def test_units_refuse_a_wrong_result():
     units = load_script("bench_units")
     inputs = units.Inputs((2, 5, 4, 4), torch.float32)
@@ -324,6 +337,7 @@ def test_units_refuse_a_wrong_result():
             units.check(units.Case(**{**vars(case), "ours": lambda wrong=wrong: (wrong,)}), inputs)
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(4, 8, 9, 9), (2, 65, 3, 3)], ids=str)
 def test_every_unit_passes_its_own_check(shape, dtype):
@@ -336,5 +350,6 @@ def test_every_unit_passes_its_own_check(shape, dtype):
     assert len(set(names)) == len(names) == 17
 
 
+@needs_native
 def test_the_fused_network_passes_the_gate_before_it_is_timed():
     load_script("bench_models").check("resnet18", "float32")

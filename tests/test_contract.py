@@ -2,11 +2,11 @@
 
 import copy
 import io
+import os
 import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from numerics import assert_all_as_exact
 from torch import nn
 from torch.func import functional_call
@@ -133,20 +133,19 @@ def test_autocast(name):
         assert blocks[0](image(blocks[0])).dtype == torch.bfloat16
 
 
-def test_a_scaled_loss():
+@pytest.mark.parametrize("options", [{"scale": 65536.0}, {"needs_grad": False}], ids=["scaled-loss", "frozen-input"])
+def test_a_scaled_loss_and_an_input_without_gradient(options):
     blocks = three()
-    assert_as_stock(blocks, image(blocks[0]), scale=65536.0)
-    parameters = blocks[0].parameters()
-    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(parameters, 0.1)
-    before = blocks[0].conv1.weight.detach().clone()
-    scaler.scale(blocks[0](image(blocks[0])).sum()).backward()
+    assert_as_stock(blocks, image(blocks[0]), **options)
+
+
+def test_grad_scaler():
+    block = resfuse.fuse(build())
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(block.parameters(), 0.1)
+    before = block.conv1.weight.detach().clone()
+    scaler.scale(block(image(block)).sum()).backward()
     scaler.step(optimizer)
-    assert blocks[0].conv1.weight.isfinite().all() and not torch.equal(blocks[0].conv1.weight, before)
-
-
-def test_no_gradient_for_x():
-    blocks = three()
-    assert_as_stock(blocks, image(blocks[0]), needs_grad=False)
+    assert block.conv1.weight.isfinite().all() and not torch.equal(block.conv1.weight, before)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -206,13 +205,6 @@ def test_global_hooks_are_called_for_every_child(kind):
     assert runs_fused(block)
 
 
-class Scaled(nn.Module):
-    """A parametrization."""
-
-    def forward(self, weight):
-        return 2 * weight
-
-
 def own_forward(block):
     stock = type(block.bn1).forward
     block.bn1.forward = lambda x: stock(block.bn1, x) + 1
@@ -220,8 +212,8 @@ def own_forward(block):
 
 REPLACED = {
     "weight_norm": lambda b: parametrizations.weight_norm(b.conv1),
-    "parametrization": lambda b: parametrize.register_parametrization(b.conv2, "weight", Scaled()),
-    "parametrized-bn": lambda b: parametrize.register_parametrization(b.bn1, "weight", Scaled()),
+    "parametrization": lambda b: parametrize.register_parametrization(b.conv2, "weight", nn.Tanh()),
+    "parametrized-bn": lambda b: parametrize.register_parametrization(b.bn1, "weight", nn.Tanh()),
     "pruning": lambda b: prune.l1_unstructured(b.conv1, "weight", 0.5),
     "forward-override": own_forward,
     "padding-mode": lambda b: (
@@ -245,16 +237,9 @@ def test_a_replaced_child_keeps_its_block_stock(what):
     assert not report.fused and report.reason
 
 
-class Shortcut(nn.Module):
-    """A shortcut of no known kind."""
-
-    def forward(self, x):
-        return F.pad(x[:, :, ::2, ::2].sin(), (0, 0, 0, 0, 0, 2))
-
-
 @pytest.mark.parametrize("hooked", [False, True])
 def test_a_shortcut_of_any_kind_is_called(hooked):
-    blocks, calls = three(prepare=lambda b: setattr(b, "downsample", Shortcut())), []
+    blocks, calls = three(prepare=lambda b: b.downsample.append(nn.Tanh())), []
     if hooked:
         blocks[0].downsample.register_forward_hook(lambda *_: calls.append(1))
     assert_as_stock(blocks, image(blocks[0]))
@@ -403,7 +388,8 @@ def ddp_worker(rank, folder):
     mean = blocks[0].conv1.weight.grad.clone()
     torch.distributed.all_reduce(mean)
     torch.testing.assert_close(mean / 2, blocks[0].conv1.weight.grad)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that exits in its own time
 
 
 def test_distributed_data_parallel(tmp_path):

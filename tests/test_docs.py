@@ -27,9 +27,7 @@ def test_readme_code_runs(code):
 
 
 def test_readme_tables_are_generated_from_the_results():
-    run = subprocess.run(
-        [sys.executable, "benchmarks/report.py", "--check"], capture_output=True, text=True, cwd=ROOT
-    )
+    run = subprocess.run([sys.executable, "benchmarks/report.py", "--check"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

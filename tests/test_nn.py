@@ -8,6 +8,8 @@ import torch
 from numerics import assert_as_exact, image
 from torch import nn
 
+import resfuse
+from resfuse import models
 from resfuse.nn import AddReLU, BNAct2d, ConvBNAct2d
 
 CHANNELS = 7
@@ -326,3 +328,8 @@ def test_a_named_backend_is_used(backend):
     visit(ConvBNAct2d(4, 4, backend=backend)(torch.randn(2, 4, 3, 3)).grad_fn)
     assert ("BNActFunctionBackward" in names) == (backend == "native")
     assert not any("BatchNorm" in name for name in names)
+
+
+def test_own_layers_count_as_fused():
+    model = nn.Sequential(ConvBNAct2d(3, 4), models.BasicBlock(4, 4))
+    assert [b.name for b in resfuse.explain(resfuse.fuse(model, strict=True)).blocks if not b.fused] == []

@@ -83,9 +83,10 @@ def _trainer(model: nn.Module, total: int) -> Callable[[Tensor, Tensor], float]:
     """A function that takes one step on a batch and returns its loss; the rate rises, then falls to zero."""
     optimizer = torch.optim.SGD(model.parameters(), lr=_PEAK_RATE, momentum=0.9, weight_decay=5e-4)
     warm = max(1, total // 10)
+    fall = max(1, total - warm)
 
     def rate(step: int) -> float:
-        return (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / (total - warm))
+        return (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / fall)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()

@@ -60,7 +60,7 @@ def _verdict_row(verdict: dict[str, Any]) -> Row:
     ours, stock = verdict["ours"], verdict["stock"]
     ratio = f"{ours / stock:.2f}" if stock > 0 else "-"
     bound = verdict["bound"]
-    note = Text(f"ok, <= {bound:.1e}", "green") if verdict["holds"] else Text(f"BROKEN > {bound:.0e}", "bold red")
+    note = Text(f"<= {bound:.1e}", "green") if verdict["holds"] else Text(f"BROKEN {bound:.0e}", "bold red")
     return verdict["quantity"], f"{stock:.1e}", f"{ours:.1e}", ratio, note
 
 
