@@ -12,7 +12,7 @@ demo: venv
 	$(BIN)/python -m resfuse demo
 
 test: venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 bench: venv
 	$(BIN)/python benchmarks/bench_units.py

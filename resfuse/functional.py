@@ -51,6 +51,13 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def _any_order_dense(x: Tensor) -> bool:
+    """Whether x's elements fill a stretch of memory, in any order of its dimensions."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return True
+    return not torch.compiler.is_compiling() and torch._prims_common.is_non_overlapping_and_dense_or_false(x)
+
+
 def _beside(residual: Tensor, x: Tensor) -> Tensor:
     """residual in x's dtype and memory order."""
     residual = residual.to(x.dtype)
@@ -80,7 +87,7 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tens
     _checks.check_residual(residual, x.shape, x, cast=autocasts(x.device.type))
     if _backend("add_relu", x, backend) == "reference":
         return reference.add_relu(x, residual.to(x.dtype))
-    if not torch._prims_common.is_non_overlapping_and_dense_or_false(x):
+    if not _any_order_dense(x):
         x = x.contiguous()
     if residual.stride() != x.stride() or residual.dtype != x.dtype:
         residual = torch.empty_like(x).copy_(residual)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resfuse.backends import BACKENDS, missing
-from resfuse.nn import FusedBlock, why_stock_input
+from resfuse.nn import ConvBNAct2d, FusedBlock, why_stock_anywhere, why_stock_children, why_stock_input
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,7 +91,7 @@ class Explanation:
 def _why_not_fused(module: FusedBlock) -> str | None:
     """Why a block would run its stock forward if called now with activations in its parameters' device and dtype."""
     assert isinstance(module, nn.Module)
-    reason = module.why_stock_children(module)
+    reason = why_stock_anywhere() or module.why_stock_children(module)
     parameter = next(module.parameters(recurse=True), None)
     if reason is not None or parameter is None or parameter.device.type == "meta":
         return reason
@@ -115,6 +115,9 @@ def explain(model: nn.Module) -> Explanation:
         if isinstance(module, FusedBlock):
             reason = _why_not_fused(module)
             reports.append(BlockReport(name, _stock_class(kind).__name__, reason is None, reason or ""))
+        elif kind is ConvBNAct2d:  # fused by itself
+            reason = why_stock_anywhere() or why_stock_children(module, ("conv",), ("bn",), ())
+            reports.append(BlockReport(name, kind.__name__, reason is None, reason or ""))
         elif (fused := _fused_class(kind)) is not None:
             reason = fused.why_stock_children(module) or "fuse() has not been applied to it"
             reports.append(BlockReport(name, kind.__name__, False, reason))
@@ -185,7 +188,12 @@ def _check_backend(model: nn.Module, backend: str | None) -> None:
 
 def _raise_if_left(model: nn.Module, planned: set[int]) -> None:
     modules = dict(model.named_modules())
-    left = [b for b in explain(model).blocks if id(modules[b.name]) not in planned]
+    own = (ConvBNAct2d,)  # fused without fuse
+    left = [
+        b
+        for b in explain(model).blocks
+        if id(modules[b.name]) not in planned and not (b.fused and type(modules[b.name]) in own)
+    ]
     if left:
         lines = "; ".join(f"{b.name or '(model)'}: {b.reason or 'excluded by filter_fn'}" for b in left)
         raise ValueError(f"strict=True, but {len(left)} blocks would stay stock: {lines}")

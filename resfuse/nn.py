@@ -195,6 +195,16 @@ def _why_not_conv(conv: nn.Module | None, name: str) -> str | None:
     return reason
 
 
+def _why_not_norm(bn: nn.Module | None, name: str) -> str | None:
+    reason = _why_not_child(bn, name, nn.BatchNorm2d)
+    if reason is not None:
+        return reason
+    assert isinstance(bn, nn.BatchNorm2d)
+    if not bn.eps > 0 or not (bn.momentum is None or 0 <= bn.momentum <= 1):
+        return f"{name} has eps {bn.eps} and momentum {bn.momentum}"  # stock computes with any number
+    return None
+
+
 def why_stock_children(
     block: nn.Module, convs: tuple[str, ...], norms: tuple[str, ...], activations: tuple[str, ...]
 ) -> str | None:
@@ -204,7 +214,7 @@ def why_stock_children(
         if (reason := _why_not_conv(children.get(name), name)) is not None:
             return reason
     for name in norms:
-        if (reason := _why_not_child(children.get(name), name, nn.BatchNorm2d)) is not None:
+        if (reason := _why_not_norm(children.get(name), name)) is not None:
             return reason
     for name in activations:
         if (reason := _why_not_child(children.get(name), name, nn.ReLU)) is not None:
@@ -229,8 +239,13 @@ def _why_not_projection(downsample: nn.Module | None) -> str | None:
     return (
         _why_not_child(downsample, "downsample", nn.Sequential)
         or _why_not_conv(conv, "downsample.0")
-        or _why_not_child(bn, "downsample.1", nn.BatchNorm2d)
+        or _why_not_norm(bn, "downsample.1")
     )
+
+
+def why_stock_anywhere() -> str | None:
+    """Why every block runs stock at present."""
+    return "a global module hook is registered" if _torch_module._has_any_global_hook() else None
 
 
 def why_stock_input(device: str, dtype: torch.dtype, backend: str | None) -> str | None:
@@ -253,11 +268,9 @@ def why_stock(
     """Why this call of a block runs its stock forward; None where it runs fused."""
     if isinstance(x, torch.fx.Proxy):
         return "the model is being traced by torch.fx"
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "the model is being exported"
-    if _torch_module._has_any_global_hook():
-        return "a global module hook is registered"
-    reason = why_stock_children(block, convs, norms, activations)
+    reason = why_stock_anywhere() or why_stock_children(block, convs, norms, activations)
     return reason or why_stock_input(x.device.type, x.dtype, backend)
 
 

@@ -120,7 +120,8 @@ def test_modes(name, mode):
     blocks = three(name, MODES[mode])
     for _ in range(2):
         assert_as_stock(blocks, image(blocks[0]))
-    assert runs_fused(blocks[0], image(blocks[0]).requires_grad_())
+    # stock computes with numbers that resfuse refuses: such a block runs stock
+    assert runs_fused(blocks[0], image(blocks[0]).requires_grad_()) == (mode not in ("momentum-1.5", "eps-0-in-eval"))
 
 
 @EVERY_BLOCK
