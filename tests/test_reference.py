@@ -82,7 +82,7 @@ def test_running_statistics_are_batch_norms(momentum):
         assert_same((running_mean, running_var, batches), (stock.running_mean, stock.running_var, torch.tensor(step)))
 
 
-def test_finalize_without_a_count_changes_nothing():
+def test_finalize_of_an_empty_batch_only_counts_it():
     bn = double_norm(3)
     before = copy_of(bn)
     reference.finalize(
@@ -90,7 +90,7 @@ def test_finalize_without_a_count_changes_nothing():
         num_batches_tracked=bn.num_batches_tracked, momentum=0.5,
     )  # fmt: skip
     assert_same((bn.running_mean, bn.running_var), (before.running_mean, before.running_var))
-    assert bn.num_batches_tracked == before.num_batches_tracked
+    assert bn.num_batches_tracked == before.num_batches_tracked + 1
 
 
 @pytest.mark.parametrize("activation", ["relu", "identity"])

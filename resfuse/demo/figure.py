@@ -96,10 +96,12 @@ def _parity(axes: list[Axes], dtypes: dict[str, Any]) -> None:
         axis.set(xscale="log", yticks=list(rows), yticklabels=[v["quantity"] for v in verdicts])
         axis.invert_yaxis()
         axis.tick_params(labelleft=axis is axes[0])
-        axis.set_title(f"Error against float64, {name}" + (" autocast" if name != "float32" else ""))
-        axis.set_xlabel("relative L2 error of one training step")
+        axis.set_title(f"Error, {name}" + (" autocast" if name != "float32" else ""))
+        axis.set_xlabel("relative L2 error of one training step, against float64")
         axis.grid(axis="x", color="#eef0f3")
-    axes[-1].legend(loc="lower left", frameon=False, fontsize=8.5)
+    axes[-1].legend(
+        loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=3, frameon=False, fontsize=8.5, columnspacing=1
+    )
 
 
 def _bars(axis: Axes, labels: list[str], bars: dict[str, list[float]], spans: dict[str, Any], notes: list[str]) -> None:

@@ -108,17 +108,20 @@ def notes(report: dict[str, Any]) -> list[str]:
     size = settings["photo_size"]
     found = [
         f"Error: one training step of {settings['network']} on {settings['photos']} photographs of {size}x{size}, as "
-        "relative L2 distance from the same step in float64. Stock is the more exact of its two memory layouts, fused "
-        f"the less exact of torchvision's and resfuse.models' network. Bound: {FACTOR:g} times stock plus a floor for "
-        "rounding. A quantity is one long vector over all its tensors; median and worst are of single tensors. The "
-        "last normalisation of each block starts at 0.2, else bfloat16 gradients of any implementation are noise."
+        "relative L2 distance from the same step in float64, over all tensors of a quantity as one vector; median and "
+        "worst are of single tensors. Fused is the less exact of torchvision's and resfuse.models' network. Stock is "
+        "the more exact of its two memory layouts, for gradients the less exact, since there a few ReLUs near zero "
+        f"decide by luck. Bound: {FACTOR:g} times stock plus a floor for rounding. The last normalisation of each "
+        "block starts at 0.2, else bfloat16 gradients of any implementation are noise."
     ]
     for name, record in report["parity"]["dtypes"].items():
-        alone = record["errors"]["stock channels_last"]["outputs"]["together"]
+        errors = {layout: record["errors"][f"stock {layout}"] for layout in ("channels_last", "contiguous")}
+        outputs, gradients = ([f"{e[q]['together']:.1e}" for e in errors.values()] for q in ("outputs", "gradients"))
         same = "agree bit for bit" if record["stock_networks_identical"] else "DIFFER"
         found.append(
-            f"{name}: stock in channels_last alone is off by {alone:.1e} in its outputs; the stock networks of "
-            f"torchvision and resfuse.models {same}."
+            f"{name}: stock in channels_last and in contiguous is off by {outputs[0]} and {outputs[1]} in outputs, by "
+            f"{gradients[0]} and {gradients[1]} in gradients; the stock networks of torchvision and "
+            f"resfuse.models {same}."
         )
     found.append(
         "Times: median (p20-p80) on the same photographs, channels_last, both networks sampled in turn; training is "
