@@ -158,6 +158,12 @@ def test_cpu_library_needs_stable_symbols_only():
     assert not [name for name in needed_libraries(spec.origin) if "python" in name or "cuda" in name]
 
 
+@pytest.mark.skipif(os.environ.get("RESFUSE_NATIVE") == "0", reason="RESFUSE_NATIVE=0: built without native kernels")
+def test_the_native_library_is_there():
+    """Tests of kernels skip where the library is missing; this one fails, so that their silence is no pass."""
+    assert resfuse.ops.missing_native["cpu"] is None
+
+
 def test_available_reports_every_backend():
     found = {(s.backend, s.device): s for s in resfuse.backends.available()}
     assert {("native", "cpu"), ("native", "cuda"), ("triton", "cuda"), ("reference", "any")} <= found.keys()
