@@ -11,7 +11,7 @@ bias, running statistics), which keep their own dtype.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,16 @@ SCHEMAS = (
     "scale_shift_act_backward_apply_(Tensor grad_out, Tensor(a!) x, Tensor scale, Tensor shift, Tensor mean, "
     "Tensor? grad_mean, Tensor? grad_var, Tensor(b!)? raw_residual, Tensor? residual_scale, Tensor? residual_shift, "
     "Tensor? residual_mean, Tensor? residual_grad_mean, Tensor? residual_grad_var, bool relu) -> ()",
+    "scale_shift_relu_maxpool(Tensor x, Tensor scale, Tensor shift, int[2] kernel_size, int[2] stride, int[2] padding) "
+    "-> (Tensor out, Tensor indices)",
+    "scale_shift_relu_maxpool_backward_reduce(Tensor grad_out, Tensor indices, Tensor x, Tensor scale, Tensor shift, "
+    "Tensor mean, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor sums",
+    "scale_shift_relu_maxpool_backward_apply(Tensor grad_out, Tensor indices, Tensor x, Tensor scale, Tensor shift, "
+    "Tensor mean, Tensor? grad_mean, Tensor? grad_var, int[2] kernel_size, int[2] stride, int[2] padding) "
+    "-> Tensor grad_x",
+    "scale_shift_relu_maxpool_backward_apply_(Tensor grad_out, Tensor indices, Tensor(a!) x, Tensor scale, "
+    "Tensor shift, Tensor mean, Tensor? grad_mean, Tensor? grad_var, int[2] kernel_size, int[2] stride, "
+    "int[2] padding) -> ()",
 )
 
 _library = torch.library.Library("resfuse", "DEF")
@@ -88,6 +98,18 @@ def _fake_apply(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor
     return torch.empty_like(x), x.new_empty(0) if raw_residual is None else torch.empty_like(x)
 
 
+def _pooled(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """A pooled activation: channels_last where x is that and not contiguous too."""
+    size = [(x.shape[2 + i] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in (0, 1)]
+    order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=order)
+
+
+def _fake_pool(x: Tensor, scale: Tensor, shift: Tensor, *window: Sequence[int]) -> tuple[Tensor, Tensor]:
+    out = _pooled(x, *window)
+    return out, torch.empty_like(out, dtype=torch.uint8)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "add_relu": lambda x, residual: torch.empty_like(x),
     "add_relu_backward": lambda grad_out, out: torch.empty_like(out),
@@ -101,6 +123,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scale_shift_act_backward_reduce": _fake_reduce,
     "scale_shift_act_backward_apply": _fake_apply,
     "scale_shift_act_backward_apply_": lambda *_: None,
+    "scale_shift_relu_maxpool": _fake_pool,
+    "scale_shift_relu_maxpool_backward_reduce": lambda grad_out, indices, x, *_: _vector(x, 2, x.shape[1]),
+    "scale_shift_relu_maxpool_backward_apply": lambda grad_out, indices, x, *_: torch.empty_like(x),
+    "scale_shift_relu_maxpool_backward_apply_": lambda *_: None,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"resfuse::{_name}", _fake, lib=_library)
@@ -148,3 +174,7 @@ scale_shift_act_moments = _ops.scale_shift_act_moments.default
 scale_shift_act_backward_reduce = _ops.scale_shift_act_backward_reduce.default
 scale_shift_act_backward_apply = _ops.scale_shift_act_backward_apply.default
 scale_shift_act_backward_apply_ = _ops.scale_shift_act_backward_apply_.default
+scale_shift_relu_maxpool = _ops.scale_shift_relu_maxpool.default
+scale_shift_relu_maxpool_backward_reduce = _ops.scale_shift_relu_maxpool_backward_reduce.default
+scale_shift_relu_maxpool_backward_apply = _ops.scale_shift_relu_maxpool_backward_apply.default
+scale_shift_relu_maxpool_backward_apply_ = _ops.scale_shift_relu_maxpool_backward_apply_.default

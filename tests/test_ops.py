@@ -76,6 +76,24 @@ def finalize_case(form, affine, tracked, momentum, count=24):
     return Case("finalize", form, build)
 
 
+WINDOW = ((3, 2), (2, 1), (1, 0))
+
+
+def pooled(dtype, layout):
+    """grad_out and indices beside an x of SHAPE."""
+    x, v = images(dtype, layout, 1)[0], vectors(dtype, 2)
+    out, indices = ops.scale_shift_relu_maxpool(x, *v, *WINDOW)
+    return [torch.randn_like(out), indices]
+
+
+def pool_cases(form, through):
+    def build(dtype, layout):
+        own = vectors(dtype, 2) if through else [None] * 2
+        return [*pooled(dtype, layout), *images(dtype, layout, 1), *vectors(dtype, 3), *own, *WINDOW]
+
+    return [Case(f"scale_shift_relu_maxpool_backward_apply{suffix}", form, build) for suffix in ("", "_")]
+
+
 CASES = [
     Case("add_relu", "4d", lambda d, m: images(d, m, 2)),
     Case("add_relu", "2d", lambda d, m: [torch.randn(6, 7).to(d).T for _ in range(2)]),
@@ -108,6 +126,14 @@ CASES = [
     *apply_cases("raw-moments-relu", True, True, True, True),
     *apply_cases("raw-own-moments", True, True, False, False),
     *apply_cases("raw-other-moments", False, True, True, True),
+    Case("scale_shift_relu_maxpool", "4d", lambda d, m: [*images(d, m, 1), *vectors(d, 2), *WINDOW]),
+    Case(
+        "scale_shift_relu_maxpool_backward_reduce",
+        "4d",
+        lambda d, m: [*pooled(d, m), *images(d, m, 1), *vectors(d, 3), *WINDOW],
+    ),
+    *pool_cases("frozen", False),
+    *pool_cases("moments", True),
 ]
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c.form}")
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -190,8 +216,20 @@ def test_empty_activations(shape):
     assert ops.moments_backward(mean, var, x, mean).shape == shape
     sums, dz = ops.scale_shift_act_backward_reduce(x, x, scale, scale, scale, None, None, None, None, x, True)
     assert torch.equal(sums, torch.zeros(2, shape[1])) and dz.shape == shape
+    if shape[2] > 0:
+        out, indices = ops.scale_shift_relu_maxpool(x, scale, scale, *WINDOW)
+        assert out.shape == indices.shape == (*shape[:2], 2, 3)
+        pair = (out, indices, x, scale, scale, scale)
+        assert torch.equal(ops.scale_shift_relu_maxpool_backward_reduce(*pair, *WINDOW), torch.zeros(2, shape[1]))
+        assert ops.scale_shift_relu_maxpool_backward_apply(*pair, scale, scale, *WINDOW).shape == shape
     through = ops.scale_shift_act_backward_apply(x, x, scale, scale, scale, scale, scale, *[None] * 6, True)
     assert through[0].shape == shape and through[1].shape == (0,)
+
+
+def pool_backward(x, v, *, indices=torch.uint8, size=2, order=torch.contiguous_format):
+    grad = torch.zeros(2, 5, size, 2).contiguous(memory_format=order)
+    chosen = torch.zeros_like(grad, dtype=indices)
+    return ops.scale_shift_relu_maxpool_backward_reduce(grad, chosen, x, v, v, v, 3, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +247,13 @@ def test_empty_activations(shape):
         (lambda x, v: ops.scale_shift_act(x, v, v, None, v, v, True), "come together, with a residual"),
         (lambda x, v: ops.scale_shift_act(x, v, v, x, v, None, True), "come together, with a residual"),
         (lambda x, v: ops.finalize(v, v, 2, v[:2], None, None, None, None, 0.1, 1e-5), "weight must be a CPU tensor"),
+        (lambda x, v: ops.scale_shift_relu_maxpool(x, v, v, 3, 2, 2), "padding at most half"),
+        (lambda x, v: ops.scale_shift_relu_maxpool(x, v, v, 5, 1, 0), "must not exceed the padded input"),
+        (lambda x, v: ops.scale_shift_relu_maxpool(x, v, v, 3, 0, 1), "stride must be positive"),
+        (lambda x, v: ops.scale_shift_relu_maxpool(x, v, v, (17, 16), 1, (8, 8)), "at most 256 positions"),
+        (lambda x, v: pool_backward(x, v, indices=torch.float32), "indices has the wrong dtype"),
+        (lambda x, v: pool_backward(x, v, size=3), "grad_out must have the pooled shape"),
+        (lambda x, v: pool_backward(x, v, order=torch.channels_last), "grad_out must have x's memory order"),
         (
             lambda x, v: ops.finalize(v, v, 2, v, v, v.clone(), v.clone(), torch.zeros(1), 0.1, 1e-5),
             "num_batches_tracked must be one int64",

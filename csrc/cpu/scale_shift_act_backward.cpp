@@ -132,18 +132,6 @@ std::tuple<Tensor, Tensor> scale_shift_act_backward_reduce(
   return {sums, dz};
 }
 
-// The vectors that a gradient through batch moments adds: grad_mean / M and 2 * grad_var / M, zero where absent.
-template <class A>
-void moment_terms(const OptionalTensor& grad_mean, const OptionalTensor& grad_var, const Tensor& x, A* constant,
-                  A* slope) {
-  const A *gm = vector_pointer<A>(grad_mean, x, "grad_mean"), *gv = vector_pointer<A>(grad_var, x, "grad_var");
-  const A count = static_cast<A>(x.numel() / x.size(1));
-  for (int64_t c = 0; c < x.size(1); ++c) {
-    constant[c] = gm == nullptr ? A(0) : gm[c] / count;
-    slope[c] = gv == nullptr ? A(0) : 2 * gv[c] / count;
-  }
-}
-
 // Write the gradients of x and of the raw residual to grad_x and grad_residual, which may be x and raw_residual.
 void write_gradients(const Tensor& grad_x, const Tensor& grad_residual, const Tensor& grad_out, const Tensor& x,
                      const Tensor& scale, const Tensor& shift, const Tensor& mean, const OptionalTensor& grad_mean,

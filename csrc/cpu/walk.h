@@ -74,6 +74,18 @@ struct PlaneLanes {
   }
 };
 
+// The vectors that a gradient through batch moments adds: grad_mean / M and 2 * grad_var / M, zero where absent.
+template <class A>
+void moment_terms(const OptionalTensor& grad_mean, const OptionalTensor& grad_var, const Tensor& x, A* constant,
+                  A* slope) {
+  const A *gm = vector_pointer<A>(grad_mean, x, "grad_mean"), *gv = vector_pointer<A>(grad_var, x, "grad_var");
+  const A count = static_cast<A>(x.numel() / x.size(1));
+  for (int64_t c = 0; c < x.size(1); ++c) {
+    constant[c] = gm == nullptr ? A(0) : gm[c] / count;
+    slope[c] = gv == nullptr ? A(0) : 2 * gv[c] / count;
+  }
+}
+
 // Cut `pixels` pixels into whole rows of lanes and the shorter row that is left: f(offset, rows, width).
 template <class F>
 void for_each_row_block(int64_t offset, int64_t pixels, int64_t channels, int64_t repeat, const F& f) {
