@@ -11,11 +11,10 @@ from run to run. Under autocast, residuals follow the convolutions' dtype; norma
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from resfuse import _checks, autograd, reference
+from resfuse._calls import as_dense, autocasts, bump_versions, convolve, serving_backend
 from resfuse.autograd import (
     AddReLUFunction,
     FinalizeFunction,
@@ -25,30 +24,6 @@ from resfuse.autograd import (
 from resfuse.backends import choose
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.reference import Shortcut
-
-
-def _transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is running."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _backend(unit: str, x: Tensor, requested: str | None) -> str:
-    chosen = choose(unit, x.device.type, x.dtype, requested)
-    return "reference" if chosen != "reference" and _transformed() else chosen
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for this type of device; devices that have none, such as meta, answer False."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x itself if it is channels_last or contiguous, else a contiguous copy."""
-    if x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous():
-        return x
-    return x.contiguous()
 
 
 def _any_order_dense(x: Tensor) -> bool:
@@ -85,7 +60,7 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tens
     """
     _checks.check_floating("x", x)
     _checks.check_residual(residual, x.shape, x, cast=autocasts(x.device.type))
-    if _backend("add_relu", x, backend) == "reference":
+    if serving_backend("add_relu", x, backend) == "reference":
         return reference.add_relu(x, residual.to(x.dtype))
     if not _any_order_dense(x):
         x = x.contiguous()
@@ -111,9 +86,9 @@ def moments(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     (Chan, Golub, LeVeque 1979), so no digits are lost where |mean| is much larger than the standard deviation.
     """
     _checks.check_image("x", x)
-    if _backend("moments", x, backend) == "reference":
+    if serving_backend("moments", x, backend) == "reference":
         return reference.moments(x)
-    return MomentsFunction.apply(_dense(x))
+    return MomentsFunction.apply(as_dense(x))
 
 
 def finalize(
@@ -157,7 +132,7 @@ def finalize(
     _checks.check_batch_norm(parameters, (2, mean.shape[0], 1, 1), mean.device)
     if mean.dtype not in (torch.float32, torch.float64) or var.dtype != mean.dtype:
         raise TypeError(f"mean and var must both be float32 or float64, got {mean.dtype} and {var.dtype}")
-    if _backend("finalize", mean, backend) == "reference":
+    if serving_backend("finalize", mean, backend) == "reference":
         return reference.finalize(
             mean, var, weight, bias, eps, count=count, running_mean=running_mean, running_var=running_var,
             num_batches_tracked=num_batches_tracked, momentum=momentum,
@@ -166,7 +141,7 @@ def finalize(
     out = FinalizeFunction.apply(
         mean, var, weight, bias, eps, count, running_mean, running_var, num_batches_tracked, momentum
     )
-    _bump_versions(parameters)
+    bump_versions(parameters)
     return out
 
 
@@ -211,24 +186,12 @@ def scale_shift_act(
         raise ValueError("residual_scale and residual_shift must be given together, and with a residual")
     if residual is not None:
         _checks.check_residual(residual, x.shape, x, cast=autocasts(x.device.type))
-    if _backend("scale_shift_act", x, backend) == "reference":
+    if serving_backend("scale_shift_act", x, backend) == "reference":
         return reference.scale_shift_act(x, scale, shift, residual, residual_scale, residual_shift, activation)
-    x = _dense(x)
+    x = as_dense(x)
     residual = None if residual is None else _beside(residual, x)
     dense = [None if v is None else v.contiguous() for v in vectors.values()]
     return ScaleShiftActFunction.apply(x, dense[0], dense[1], residual, dense[2], dense[3], activation == "relu")
-
-
-def _bump_versions(*norms: BatchNorm2dParameters | None) -> None:
-    """Tell autograd that the operators have changed the running statistics, as torch's own in-place operators do."""
-    if torch.compiler.is_compiling():
-        return
-    for bn in norms:
-        if bn is None or not bn.training or bn.running_mean is None:
-            continue
-        for tensor in (bn.running_mean, bn.running_var, bn.num_batches_tracked):
-            if tensor is not None and not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
 
 
 def _bn_act(
@@ -244,13 +207,13 @@ def _bn_act(
     """bn_act on checked arguments. `owned`: nobody else reads x or a raw residual, see :func:`autograd.bn_act`."""
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
-    if _backend("bn_act", x, backend) == "reference":
+    if serving_backend("bn_act", x, backend) == "reference":
         return reference.bn_act(x, bn, residual, residual_bn, activation)
-    x = _dense(x)
+    x = as_dense(x)
     if residual is not None:
         residual = _beside(residual, x)
     out = autograd.bn_act(x, bn, residual, residual_bn, activation == "relu", owned=owned)
-    _bump_versions(bn, residual_bn)
+    bump_versions(bn, residual_bn)
     return out
 
 
@@ -291,10 +254,6 @@ def bn_act(
     return _bn_act(x, bn, residual, residual_bn, activation, backend)
 
 
-def _conv(x: Tensor, conv: Conv2dParameters) -> Tensor:
-    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
 def _residual_chain(
     x: Tensor,
     layers: list[tuple[Conv2dParameters, BatchNorm2dParameters]],
@@ -309,12 +268,12 @@ def _residual_chain(
     residual = x if shortcut is None else shortcut
     y = x
     for conv, bn in layers[:-1]:
-        y = _bn_act(_conv(y, conv), bn, None, None, activation, backend, owned=True)
+        y = _bn_act(convolve(y, conv), bn, None, None, activation, backend, owned=True)
     conv, bn = layers[-1]
-    y = _conv(y, conv)
+    y = convolve(y, conv)
     if isinstance(residual, tuple):
         projection, residual_bn = residual
-        residual = _conv(x, projection)
+        residual = convolve(x, projection)
     return _bn_act(y, bn, residual, residual_bn, activation, backend, owned=True)
 
 
@@ -347,7 +306,7 @@ def conv_bn_act(
     cast = autocasts(x.device.type)
     shape = _checks.check_conv(conv, x.shape, x, cast=cast, prefix="conv.")
     _checks.check_norms(x, shape, bn, residual, residual_bn, cast=cast)
-    return _bn_act(_conv(x, conv), bn, residual, residual_bn, activation, backend, owned=residual_bn is None)
+    return _bn_act(convolve(x, conv), bn, residual, residual_bn, activation, backend, owned=residual_bn is None)
 
 
 def basic_block(
