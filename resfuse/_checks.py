@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import DTYPES
-from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Size, Window
 
 ACTIVATIONS = ("relu", "identity")
+MAX_WINDOW = 256  # positions of a pool's window: the native arg-max is one byte
 
 
 def check_activation_name(activation: str) -> None:
@@ -185,3 +186,34 @@ def check_chain(
         check_batch_norm(shortcut[1], found, x.device, "shortcut bn.")
     if tuple(found) != tuple(shape):
         raise ValueError(f"shortcut must have the residual branch's shape {tuple(shape)}, got {tuple(found)}")
+
+
+def _check_pair(name: str, value: Size, least: int) -> tuple[int, int]:
+    """(vertical, horizontal) of a number or of a pair of them, each at least `least`."""
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return pair[0], pair[1]
+
+
+def check_window(kernel_size: Size, stride: Size, padding: Size) -> Window:
+    """kernel_size, stride and padding as pairs that make sense together."""
+    kernel = _check_pair("kernel_size", kernel_size, 1)
+    window = kernel, _check_pair("stride", stride, 1), _check_pair("padding", padding, 0)
+    if kernel[0] * kernel[1] > MAX_WINDOW:
+        raise ValueError(f"kernel_size must have at most {MAX_WINDOW} positions, got {kernel[0]}x{kernel[1]}")
+    if any(p > k // 2 for p, k in zip(window[2], kernel, strict=True)):
+        raise ValueError(f"padding must be at most half of kernel_size {kernel}, got {window[2]}")
+    return window
+
+
+def check_window_fits(window: Window, shape: Sequence[int]) -> None:
+    """At least one window fits into an activation of `shape`."""
+    kernel, _, padding = window
+    if any(shape[2 + i] < 1 or shape[2 + i] + 2 * padding[i] < kernel[i] for i in (0, 1)):
+        raise RuntimeError(
+            f"kernel_size {kernel} must fit into the padded input, got an input of shape {tuple(shape)} with "
+            f"padding={padding}"
+        )

@@ -11,9 +11,10 @@ from resfuse import ops
 BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# The units that each native library implements. bn_act is moments, finalize and scale_shift_act.
+# The units that each native library implements. bn_act is moments, finalize and scale_shift_act; bn_relu_maxpool is
+# moments, finalize and scale_shift_relu_maxpool.
 _NATIVE_UNITS = {
-    "cpu": frozenset({"add_relu", "moments", "finalize", "scale_shift_act", "bn_act"}),
+    "cpu": frozenset({"add_relu", "moments", "finalize", "scale_shift_act", "bn_act", "bn_relu_maxpool"}),
     "cuda": frozenset({"add_relu"}),
 }
 

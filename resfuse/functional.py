@@ -23,6 +23,8 @@ from resfuse.autograd import (
 )
 from resfuse.backends import choose
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse.pooling import bn_relu_maxpool as bn_relu_maxpool
+from resfuse.pooling import conv_bn_relu_maxpool as conv_bn_relu_maxpool
 from resfuse.reference import Shortcut
 
 

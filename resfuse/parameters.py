@@ -1,10 +1,16 @@
-"""The parameters of a convolution and of a batch normalisation as plain values, passed from modules to functions."""
+"""The parameters of a convolution, a normalisation and a pool as plain values, passed from modules to functions."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+Size = int | tuple[int, int]
+"""One number, or (vertical, horizontal)."""
+
+Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""The kernel_size, stride and padding of a pool, each (vertical, horizontal)."""
 
 
 class Conv2dParameters(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Size
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -117,9 +117,9 @@ def scale_shift_act(
 
 
 def scale_shift_relu_maxpool(
-    x: Tensor, scale: Tensor, shift: Tensor, kernel_size: int, stride: int, padding: int
+    x: Tensor, scale: Tensor, shift: Tensor, kernel_size: Size, stride: Size, padding: Size
 ) -> Tensor:
-    """maxpool(relu(x*scale + shift)): the tail of the stem."""
+    """maxpool(relu(x*scale + shift)): the tail of the stem. Of equal values the first in a window is selected."""
     return F.max_pool2d(scale_shift_act(x, scale, shift), kernel_size, stride, padding)
 
 
@@ -226,6 +226,11 @@ def bn_act(
     if residual is None or residual_bn is None:
         return scale_shift_act(x, scale, shift, residual, activation=activation)
     return scale_shift_act(x, scale, shift, residual, *batch_norm_affine(residual, residual_bn), activation)
+
+
+def bn_relu_maxpool(x: Tensor, bn: BatchNorm2dParameters, kernel_size: Size, stride: Size, padding: Size) -> Tensor:
+    """maxpool(relu(BN(x)))."""
+    return scale_shift_relu_maxpool(x, *batch_norm_affine(x, bn), kernel_size, stride, padding)
 
 
 def conv_bn_act(

@@ -9,8 +9,13 @@ from resfuse import Conv2dParameters, functional, ops
 from resfuse.nn import AddReLU, BNAct2d, ConvBNAct2d
 
 SHAPE = (2, 6, 4, 4)
-UNITS = ("add_relu", "moments", "finalize", "scale_shift_act", "bn_act", "conv_bn_act", "basic_block", "bottleneck")
-NORMS = {"bn_act": 2, "conv_bn_act": 2, "basic_block": 3, "bottleneck": 4}  # with the residual's own, or the shortcut's
+UNITS = (
+    "add_relu", "moments", "finalize", "scale_shift_act", "bn_act", "conv_bn_act", "basic_block", "bottleneck",
+    "bn_relu_maxpool", "conv_bn_relu_maxpool",
+)  # fmt: skip
+NORMS = {  # with the residual's own, or the shortcut's
+    "bn_act": 2, "conv_bn_act": 2, "basic_block": 3, "bottleneck": 4, "bn_relu_maxpool": 1, "conv_bn_relu_maxpool": 1,
+}  # fmt: skip
 
 
 def conv(out=6, into=6, size=3, **options):
@@ -31,6 +36,9 @@ def arguments(unit):
     if unit == "scale_shift_act":
         names = ("scale", "shift", "residual_scale", "residual_shift")
         return {"x": x, "residual": image(SHAPE), **dict(zip(names, vectors, strict=True))}
+    if unit in POOLS.split():
+        first = {"x": x, "conv": conv()} if unit == "conv_bn_relu_maxpool" else {"x": x}
+        return {**first, "bn": batch_norm(6), "kernel_size": 3, "stride": (2, 1), "padding": 1}
     if unit in ("bn_act", "conv_bn_act"):
         first = {"x": x, "conv": conv()} if unit == "conv_bn_act" else {"x": x}
         return {**first, "bn": batch_norm(6), "residual": image(SHAPE), "residual_bn": batch_norm(6)}
@@ -89,6 +97,7 @@ VALUE, TYPE, RUNTIME = ValueError, TypeError, RuntimeError
 ADDING = "add_relu scale_shift_act bn_act conv_bn_act"
 IMAGES = "moments scale_shift_act bn_act conv_bn_act basic_block bottleneck"
 BLOCKS = "basic_block bottleneck"
+POOLS = "bn_relu_maxpool conv_bn_relu_maxpool"
 ONE = "running_mean must have shape \\(6,\\), one value per channel, got \\(5,\\)"
 
 
@@ -139,6 +148,19 @@ CASES = [
     *refused("conv_bn_act", "x", lambda x: x[:, :5], RUNTIME, r"6 channels, got .* \(2, 5, 4, 4\)", "channels"),
     *refused(BLOCKS, "x", lambda x: x[:, :5], RUNTIME, r"conv1.weight .* 6 channels, got .*\(2, 5, 4, 4\)", "channels"),
     *refused("scale_shift_act bn_act conv_bn_act basic_block", "activation", to("gelu"), VALUE, "got 'gelu'", "name"),
+    *refused(POOLS, "x", torch.Tensor.int, TYPE, "x must be float16, .* got torch.int32", "int"),
+    *refused(POOLS, "x", lambda x: x[0], VALUE, r"x must be 4D, got 3D input of shape \(6, 4, 4\)", "rank"),
+    *refused("bn_relu_maxpool", "x", lambda x: x[:, :5], RUNTIME, r"must have shape \(5,\)", "channels"),
+    *refused("conv_bn_relu_maxpool", "x", lambda x: x[:, :5], RUNTIME, r"6 channels, got .*\(2, 5, 4, 4\)", "channels"),
+    *refused(POOLS, "kernel_size", to(0), VALUE, "kernel_size must be at least 1, got 0", "zero"),
+    *refused(POOLS, "kernel_size", to(3.0), TYPE, "kernel_size must be an int or a pair of ints, got 3.0", "float"),
+    *refused(POOLS, "kernel_size", to((3, 3, 3)), TYPE, "kernel_size must be an int or a pair of ints", "triple"),
+    *refused(POOLS, "kernel_size", to((17, 16)), VALUE, "must have at most 256 positions, got 17x16", "large"),
+    *refused(POOLS, "kernel_size", to(7), RUNTIME, r"kernel_size \(7, 7\) must fit into the .* \(2, 6, 4, 4\)", "fit"),
+    *refused(POOLS, "stride", to((1, 0)), VALUE, r"stride must be at least 1, got \(1, 0\)", "zero"),
+    *refused(POOLS, "stride", to(True), TYPE, "stride must be an int or a pair of ints, got True", "bool"),
+    *refused(POOLS, "padding", to(-1), VALUE, "padding must be at least 0, got -1", "negative"),
+    *refused(POOLS, "padding", to(2), VALUE, r"padding must be at most half of kernel_size \(3, 3\)", "large"),
     *refused("all", "backend", to("cuda"), VALUE, "backend must be one of native, triton, reference or", "unknown"),
     *refused("all", "backend", to("triton"), RUNTIME, "backend='triton' does not serve .* on cpu: .* Triton", "triton"),
     *refused(ADDING, "residual", lambda r: r[..., :3], VALUE,
@@ -164,11 +186,12 @@ CASES = [
     *refused("finalize", "momentum", to(2.0), VALUE, r"momentum must be None or in \[0, 1\], got 2.0", "above"),
     *refused("finalize", "num_batches_tracked", torch.Tensor.float, TYPE, "num_batches_tracked must be one", "float"),
     *norm_cases("bn_act conv_bn_act", "bn", ""),
+    *norm_cases(POOLS, "bn", ""),
     *norm_cases("bn_act conv_bn_act", "residual_bn", "residual "),
     *norm_cases("basic_block", "bn2", "bn2."),
     *norm_cases("bottleneck", "bn3", "bn3."),
     *norm_cases(BLOCKS, "shortcut.1", "shortcut bn."),
-    *conv_cases("conv_bn_act", "conv", "conv."),
+    *conv_cases("conv_bn_act conv_bn_relu_maxpool", "conv", "conv."),
     *conv_cases("basic_block", "conv2", "conv2."),
     *conv_cases("bottleneck", "conv3", "conv3."),
     *conv_cases(BLOCKS, "shortcut.0", "shortcut conv."),
@@ -241,8 +264,8 @@ def test_one_value_per_channel_in_the_last_layer_only(unit):
 
 @pytest.mark.parametrize("unit", NORMS)
 def test_eval_needs_running_statistics(unit):
-    name = {"bn_act": "bn", "conv_bn_act": "bn"}.get(unit, f"bn{NORMS[unit] - 1}")
     args = arguments(unit)
+    name = "bn" if "bn" in args else f"bn{NORMS[unit] - 1}"
     args[name] = args[name]._replace(training=False, running_mean=None, running_var=None)
     assert_refused(getattr(functional, unit), args, ValueError, "running_var must be given when training is False")
 

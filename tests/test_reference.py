@@ -135,6 +135,20 @@ def test_scale_shift_relu_maxpool():
     assert_differentiable(function, x[..., :3, :3], scale, shift)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_bn_relu_maxpool(training):
+    x, bn = image((2, 2, 4, 3), DOUBLE), double_norm(2, training=training, eps=1e-2)
+
+    def ours(x, weight, bias):
+        return reference.bn_relu_maxpool(x, copy_of(bn)._replace(weight=weight, bias=bias), 3, (2, 1), 1)
+
+    def stock(x, weight, bias):
+        return F.max_pool2d(stock_bn_act(x, copy_of(bn)._replace(weight=weight, bias=bias)), 3, (2, 1), 1)
+
+    assert_same(gradients(ours, (x, bn.weight, bn.bias)), gradients(stock, (x, bn.weight, bn.bias)))
+    assert_differentiable(ours, x, bn.weight, bn.bias)
+
+
 CONVS = pytest.mark.parametrize(
     "options",
     [

@@ -1,0 +1,88 @@
+"""The derivative of the stem's tail: batch normalisation, ReLU and max-pooling as one autograd node.
+
+The rules of :mod:`resfuse.autograd` hold here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfuse import ops, reference
+from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _Normalized, _recorded
+from resfuse.parameters import BatchNorm2dParameters, Window
+
+
+def bn_relu_maxpool(x: Tensor, bn: BatchNorm2dParameters, window: Window, *, owned: bool) -> Tensor:
+    """BNReLUMaxPoolFunction where a gradient is needed, else the operators alone.
+
+    owned: x was made for this call and nobody else reads it, so its memory may be used again for its gradient.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bn.weight, bn.bias)):
+        return BNReLUMaxPoolFunction.apply(x, bn.weight, bn.bias, bn, window, owned)
+    own = _Normalized(x, bn)
+    return ops.scale_shift_relu_maxpool(x, own.scale, own.shift, *window)[0]
+
+
+def _laid_out_beside(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """grad in x's dtype and the memory order of the indices."""
+    if grad.stride() == indices.stride() and grad.dtype == x.dtype:
+        return grad
+    return torch.empty_like(indices, dtype=x.dtype).copy_(grad)
+
+
+class BNReLUMaxPoolFunction(torch.autograd.Function):
+    """out = maxpool(relu(BN(x))): moments, finalize and scale_shift_relu_maxpool in one node.
+
+    With dz the sum of grad_out over the windows that selected a pixel, where relu was active:
+    grad_x = dz * scale + (grad_mean + 2 * grad_var * (x - mean)) / M, as in BNActFunction. Kept are x and one byte for
+    each output. A frozen batch normalisation (training False) has no gradient through its statistics.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        bn: BatchNorm2dParameters,
+        window: Window,
+        owned: bool,
+    ) -> Tensor:
+        own = _Normalized(x, bn)
+        out, indices = ops.scale_shift_relu_maxpool(x, own.scale, own.shift, *window)
+        ctx.save_for_backward(x, weight, bias, indices, *own.saved())
+        ctx.training, ctx.eps, ctx.window, ctx.owned = own.training, own.eps, window, owned
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if _recorded():
+            return _double_backward(ctx, grad_out)
+        x, weight, bias, indices, mean, var, scale, shift = ctx.saved_tensors
+        pooled = (_laid_out_beside(grad_out, x, indices), indices, x, scale, shift, mean)
+        sums = ops.scale_shift_relu_maxpool_backward_reduce(*pooled, *ctx.window)
+        grad_mean, grad_var, grad_weight = ops.finalize_backward(sums[1], sums[0], var, weight, ctx.eps)
+        through = (grad_mean, grad_var) if ctx.training else (None, None)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
+                # x is read for the last time: its memory spares a fresh tensor's page faults
+                ops.scale_shift_relu_maxpool_backward_apply_(*pooled, *through, *ctx.window)
+                grad_x = x.detach()
+            else:
+                grad_x = ops.scale_shift_relu_maxpool_backward_apply(*pooled, *through, *ctx.window)
+        return grad_x, _cast(grad_weight, weight), _cast(sums[0], bias), None, None, None
+
+
+def _double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, _, mean, var, _, _ = ctx.saved_tensors
+
+    def forward(x: Tensor, weight: Any, bias: Any) -> Tensor:
+        m, v = reference.moments(x) if ctx.training else (mean.detach(), var.detach())
+        scale, shift = reference.finalize(m, v, weight, bias, ctx.eps)
+        return reference.scale_shift_relu_maxpool(x, scale, shift, *ctx.window)
+
+    return (*_differentiate(forward, [x, weight, bias], grad_out), None, None, None)
