@@ -17,7 +17,7 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.batchnorm import _NormBase
 
 from resfuse import backends, functional
-from resfuse._checks import check_activation_name, check_eps, check_momentum
+from resfuse._checks import check_activation_name, check_eps, check_momentum, check_window
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 
 
@@ -243,6 +243,21 @@ def _why_not_projection(downsample: nn.Module | None) -> str | None:
     )
 
 
+def _why_not_pool(pool: object, x: Tensor, backend: str | None) -> str | None:
+    """Why the stem's maxpool is called as it is, after the fused rest."""
+    reason = _why_not_child(pool, "maxpool", nn.MaxPool2d)  # type: ignore[arg-type]
+    if reason is not None:
+        return reason
+    assert isinstance(pool, nn.MaxPool2d)
+    if pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
+        return "maxpool dilates, rounds up or returns indices"
+    try:
+        check_window(pool.kernel_size, pool.stride, pool.padding)
+    except (TypeError, ValueError) as error:
+        return f"maxpool: {error}"
+    return backends.missing("bn_relu_maxpool", backend or "native", x.device.type, x.dtype)
+
+
 def why_stock_anywhere() -> str | None:
     """Why every block runs stock at present."""
     return "a global module hook is registered" if _torch_module._has_any_global_hook() else None
@@ -337,7 +352,7 @@ class FusedBottleneck(FusedResidual):
 
 
 class FusedStem(FusedBlock):
-    """Mixin for a network whose stem is conv1, bn1 and relu."""
+    """Mixin for a network whose stem is conv1, bn1 and relu, and maybe maxpool."""
 
     fused_convs = ("conv1",)
     fused_norms = ("bn1",)
@@ -347,3 +362,13 @@ class FusedStem(FusedBlock):
         children = self._modules  # type: ignore[attr-defined]
         conv, bn = conv_parameters(children["conv1"]), batch_norm_parameters(children["bn1"])
         return functional.conv_bn_act(x, conv, bn, backend=self._resfuse_backend)
+
+    def fused_pooled_stem(self, x: Tensor) -> Tensor:
+        """maxpool(relu(bn1(conv1(x)))). A maxpool that cannot be replaced, such as a hooked one, is called."""
+        pool, backend = self.maxpool, self._resfuse_backend  # type: ignore[attr-defined]
+        if _why_not_pool(pool, x, backend) is not None:
+            return pool(self.fused_stem(x))
+        children = self._modules  # type: ignore[attr-defined]
+        conv, bn = conv_parameters(children["conv1"]), batch_norm_parameters(children["bn1"])
+        window = (pool.kernel_size, pool.stride, pool.padding)
+        return functional.conv_bn_relu_maxpool(x, conv, bn, *window, backend=backend)

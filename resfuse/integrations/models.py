@@ -22,7 +22,7 @@ class FusedResNet(nn.FusedStem, ResNet):
     def _stem(self, x: Tensor) -> Tensor:
         if self.why_stock(x) is not None:
             return super()._stem(x)
-        return self.maxpool(self.fused_stem(x))
+        return self.fused_pooled_stem(x)
 
 
 class FusedCifarResNet(nn.FusedStem, CifarResNet):

@@ -23,7 +23,7 @@ class FusedResNet(nn.FusedStem, resnet.ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         if self.why_stock(x) is not None:
             return super()._forward_impl(x)
-        x = self.maxpool(self.fused_stem(x))
+        x = self.fused_pooled_stem(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
