@@ -1,4 +1,4 @@
-"""fuse, unfuse, explain and register_block: fused networks against their stock selves, and the promises of `fuse`."""
+"""fuse and unfuse: fused networks against their stock selves, and the promises of `fuse`."""
 
 import contextlib
 import copy
@@ -15,9 +15,8 @@ from numerics import assert_all_as_exact, assert_as_exact
 from torch import nn
 
 import resfuse
-from resfuse import fusion, models, ops
+from resfuse import models, ops
 from resfuse.bench.peers import import_torchvision
-from resfuse.nn import FusedBasicBlock
 
 try:
     resnet = import_torchvision().models.resnet
@@ -235,35 +234,6 @@ def test_an_optimizer_made_before_fuse_keeps_training():
     assert losses[7] < 0.9 * losses[4]
 
 
-def test_explain_as_text_and_json():
-    model = models.CifarResNet(8)
-    model.layer2[0].bn1.register_forward_hook(lambda *_: None)
-    before = resfuse.explain(model)
-    assert [block.name for block in before.blocks] == ["", "layer1.0", "layer2.0", "layer3.0"]
-    assert not any(block.fused for block in before.blocks)
-    assert str(before).startswith("0 of 4 blocks fused")
-    assert "fuse() has not been applied" in str(before)
-    after = resfuse.explain(resfuse.fuse(model))
-    assert str(after).startswith("3 of 4 blocks fused")
-    assert "bn1 has a hook" in str(after) and "(model)" in str(after)
-    rows = json.loads(after.to_json())
-    assert [fusion.BlockReport(**row) for row in rows] == list(after.blocks)
-    assert rows[2] == {"name": "layer2.0", "type": "BasicBlock", "fused": False, "reason": "bn1 has a hook"}
-
-
-def test_filter_fn_is_given_blocks_and_qualified_names():
-    model, asked = models.CifarResNet(8), []
-
-    def choose(module, name):
-        asked.append((name, type(module)))
-        return name.startswith("layer2")
-
-    resfuse.fuse(model, filter_fn=choose)
-    assert asked[0] == ("", models.CifarResNet)
-    assert [name for name, _ in asked] == ["", "layer1.0", "layer2.0", "layer3.0"]
-    assert [block.name for block in resfuse.explain(model).blocks if block.fused] == ["layer2.0"]
-
-
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_a_named_backend_runs(backend):
     if backend == "native" and ops.missing_native["cpu"] is not None:
@@ -290,57 +260,10 @@ def test_a_backend_that_cannot_serve_raises_and_changes_nothing(backend, error, 
     assert types(model) == before
 
 
-@needs_torchvision
-def test_strict_lists_blocks_and_changes_nothing():
-    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=partial(nn.GroupNorm, 4))
-    model.layer1 = resnet.resnet18().layer1
-    before = types(model)
-    with pytest.raises(
-        ValueError, match=r"4 blocks would stay stock: .*layer2\.0: bn1 is a GroupNorm.*layer4\.0"
-    ) as error:
-        resfuse.fuse(model, strict=True)
-    assert "layer1" not in str(error.value)
-    assert types(model) == before
-    assert all(b.fused for b in resfuse.explain(resfuse.fuse(resnet.resnet18(), strict=True)).blocks)
-
-
 @pytest.mark.parametrize("function", [resfuse.fuse, resfuse.unfuse])
 def test_only_modules_can_be_fused(function):
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         function([nn.ReLU()])
-
-
-class OwnBlock(models.BasicBlock):
-    """A user's subclass, with a forward that fuse must not replace."""
-
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-class FusedOwnBlock(FusedBasicBlock, OwnBlock):
-    """What the user registers for it."""
-
-
-def test_a_subclass_of_a_known_block_stays_stock():
-    model = nn.Sequential(OwnBlock(4, 4), models.BasicBlock(4, 4))
-    resfuse.fuse(model)
-    assert type(model[0]) is OwnBlock
-    first, second = resfuse.explain(model).blocks
-    assert (first.fused, first.reason) == (False, "resfuse has no fused OwnBlock") and second.fused
-    with pytest.raises(ValueError, match="0: resfuse has no fused OwnBlock"):
-        resfuse.fuse(model, strict=True)
-
-
-def test_register_block_fuses_a_users_block(monkeypatch):
-    monkeypatch.setattr(fusion, "_registered", {})
-    resfuse.register_block(OwnBlock, FusedOwnBlock)
-    model, x = nn.Sequential(OwnBlock(4, 4)), torch.randn(2, 4, 5, 5)
-    resfuse.fuse(model, strict=True)
-    assert resfuse.explain(model).blocks == (fusion.BlockReport("0", "OwnBlock", True, ""),)
-    assert model(x).grad_fn.name() == "BNActFunctionBackward"
-    assert type(resfuse.unfuse(model)[0]) is OwnBlock
-    with pytest.raises(TypeError, match="must be a subclass of a resfuse"):
-        resfuse.register_block(OwnBlock, models.BasicBlock)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -1,0 +1,91 @@
+"""Which blocks are fused, and why the others are not: explain, strict, filter_fn and register_block."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import resfuse
+from resfuse import fusion, models
+from resfuse.nn import FusedBasicBlock
+
+
+def types(model):
+    return [type(module) for module in model.modules()]
+
+
+def test_explain_as_text_and_json():
+    model = models.CifarResNet(8)
+    model.layer2[0].bn1.register_forward_hook(lambda *_: None)
+    before = resfuse.explain(model)
+    assert [block.name for block in before.blocks] == ["", "layer1.0", "layer2.0", "layer3.0"]
+    assert not any(block.fused for block in before.blocks)
+    assert str(before).startswith("0 of 4 blocks fused")
+    assert "fuse() has not been applied" in str(before)
+    after = resfuse.explain(resfuse.fuse(model))
+    assert str(after).startswith("3 of 4 blocks fused")
+    assert "bn1 has a hook" in str(after) and "(model)" in str(after)
+    rows = json.loads(after.to_json())
+    assert [fusion.BlockReport(**row) for row in rows] == list(after.blocks)
+    assert rows[2] == {"name": "layer2.0", "type": "BasicBlock", "fused": False, "reason": "bn1 has a hook"}
+
+
+def test_filter_fn_is_given_blocks_and_qualified_names():
+    model, asked = models.CifarResNet(8), []
+
+    def choose(module, name):
+        asked.append((name, type(module)))
+        return name.startswith("layer2")
+
+    resfuse.fuse(model, filter_fn=choose)
+    assert asked[0] == ("", models.CifarResNet)
+    assert [name for name, _ in asked] == ["", "layer1.0", "layer2.0", "layer3.0"]
+    assert [block.name for block in resfuse.explain(model).blocks if block.fused] == ["layer2.0"]
+
+
+def test_strict_lists_blocks_and_changes_nothing():
+    model = models.ResNet(models.BasicBlock, [1, 1, 1, 1], norm_layer=partial(nn.GroupNorm, 4))
+    model.layer1 = models.resnet18().layer1
+    before = types(model)
+    with pytest.raises(
+        ValueError, match=r"4 blocks would stay stock: .*layer2\.0: bn1 is a GroupNorm.*layer4\.0"
+    ) as error:
+        resfuse.fuse(model, strict=True)
+    assert "layer1" not in str(error.value)
+    assert types(model) == before
+    assert all(b.fused for b in resfuse.explain(resfuse.fuse(models.resnet18(), strict=True)).blocks)
+
+
+class OwnBlock(models.BasicBlock):
+    """A user's subclass, with a forward that fuse must not replace."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class FusedOwnBlock(FusedBasicBlock, OwnBlock):
+    """What the user registers for it."""
+
+
+def test_a_subclass_of_a_known_block_stays_stock():
+    model = nn.Sequential(OwnBlock(4, 4), models.BasicBlock(4, 4))
+    resfuse.fuse(model)
+    assert type(model[0]) is OwnBlock
+    first, second = resfuse.explain(model).blocks
+    assert (first.fused, first.reason) == (False, "resfuse has no fused OwnBlock") and second.fused
+    with pytest.raises(ValueError, match="0: resfuse has no fused OwnBlock"):
+        resfuse.fuse(model, strict=True)
+
+
+def test_register_block_fuses_a_users_block(monkeypatch):
+    monkeypatch.setattr(fusion, "_registered", {})
+    resfuse.register_block(OwnBlock, FusedOwnBlock)
+    model, x = nn.Sequential(OwnBlock(4, 4)), torch.randn(2, 4, 5, 5)
+    resfuse.fuse(model, strict=True)
+    assert resfuse.explain(model).blocks == (fusion.BlockReport("0", "OwnBlock", True, ""),)
+    assert model(x).grad_fn.name() == "BNActFunctionBackward"
+    assert type(resfuse.unfuse(model)[0]) is OwnBlock
+    with pytest.raises(TypeError, match="must be a subclass of a resfuse"):
+        resfuse.register_block(OwnBlock, models.BasicBlock)
