@@ -106,7 +106,7 @@ def explain(model: nn.Module) -> Explanation:
 
     Returns:
         Explanation: one entry for each block that resfuse knows and for each other module that directly holds batch
-        normalisation; as text through str(), as JSON through .to_json().
+        normalisation, a block's projection (`downsample`) excepted; as text through str(), as JSON through .to_json().
     """
     reports: list[BlockReport] = []
     inside: set[int] = set()
@@ -123,10 +123,11 @@ def explain(model: nn.Module) -> Explanation:
             reports.append(BlockReport(name, kind.__name__, False, reason))
         elif id(module) not in inside and any(isinstance(child, _BatchNorm) for child in module.children()):
             reports.append(BlockReport(name, kind.__name__, False, f"resfuse has no fused {kind.__name__}"))
-            continue
         else:
             continue
-        inside.update(id(child) for child in module.children())  # a block answers for its projection
+        projection = module._modules.get("downsample")
+        if projection is not None:
+            inside.update(id(part) for part in projection.modules())  # a block answers for its projection
     return Explanation(tuple(reports))
 
 

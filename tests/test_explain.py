@@ -32,6 +32,20 @@ def test_explain_as_text_and_json():
     assert rows[2] == {"name": "layer2.0", "type": "BasicBlock", "fused": False, "reason": "bn1 has a hook"}
 
 
+def test_a_block_answers_for_its_projection_and_for_nothing_else():
+    projection = nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)
+    model = models.CifarResNet(8)
+    model.layer1 = nn.Sequential(nn.Conv2d(16, 4, 3), nn.BatchNorm2d(4))  # a child of a block that resfuse knows
+    model.layer2 = nn.Sequential(OwnBlock(4, 8, downsample=nn.Sequential(*projection)))
+    model.layer3 = nn.Sequential(OwnBlock(4, 8, 2, nn.Sequential(nn.AvgPool2d(2), nn.Sequential(*projection))))
+    assert {block.name: block.reason for block in resfuse.explain(resfuse.fuse(model)).blocks} == {
+        "": "",
+        "layer1": "resfuse has no fused Sequential",
+        "layer2.0": "resfuse has no fused OwnBlock",
+        "layer3.0": "resfuse has no fused OwnBlock",
+    }
+
+
 def test_filter_fn_is_given_blocks_and_qualified_names():
     model, asked = models.CifarResNet(8), []
 
