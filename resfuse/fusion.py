@@ -88,14 +88,41 @@ class Explanation:
         return json.dumps([asdict(block) for block in self.blocks], indent=1)
 
 
-def _why_not_fused(module: FusedBlock) -> str | None:
-    """Why a block would run its stock forward if called now with activations in its parameters' device and dtype."""
-    assert isinstance(module, nn.Module)
-    reason = why_stock_anywhere() or module.why_stock_children(module)
-    parameter = next(module.parameters(recurse=True), None)
+def _known_class(module: nn.Module) -> type[FusedBlock] | None:
+    """The fused class that a block has or would get; None where resfuse has none for it."""
+    return type(module) if isinstance(module, FusedBlock) else _fused_class(type(module))
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What :func:`explain` lists, by qualified name."""
+    found = []
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        known = type(module) is ConvBNAct2d or _known_class(module) is not None
+        holds = any(isinstance(child, _BatchNorm) for child in module.children())
+        if not known and (not holds or id(module) in inside):
+            continue
+        found.append((name, module))
+        projection = module._modules.get("downsample")
+        if projection is not None:
+            inside.update(id(part) for part in projection.modules())  # a block answers for its projection
+    return found
+
+
+def _why_stock(module: nn.Module, backend: str | None) -> str | None:
+    """Why a block, fused with this backend, would run stock if called now in its parameters' device and dtype."""
+    known = _known_class(module)
+    if known is not None:
+        reason = known.why_stock_children(module)
+    elif type(module) is ConvBNAct2d:  # fused by itself
+        reason, backend = why_stock_children(module, ("conv",), ("bn",), ()), module.backend
+    else:
+        return f"resfuse has no fused {type(module).__name__}"
+    reason = why_stock_anywhere() or reason
+    parameter = next(module.parameters(), None)
     if reason is not None or parameter is None or parameter.device.type == "meta":
         return reason
-    return why_stock_input(parameter.device.type, parameter.dtype, module._resfuse_backend)
+    return why_stock_input(parameter.device.type, parameter.dtype, backend)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -108,26 +135,14 @@ def explain(model: nn.Module) -> Explanation:
         Explanation: one entry for each block that resfuse knows and for each other module that directly holds batch
         normalisation, a block's projection (`downsample`) excepted; as text through str(), as JSON through .to_json().
     """
-    reports: list[BlockReport] = []
-    inside: set[int] = set()
-    for name, module in model.named_modules():
-        kind = type(module)
-        if isinstance(module, FusedBlock):
-            reason = _why_not_fused(module)
-            reports.append(BlockReport(name, _stock_class(kind).__name__, reason is None, reason or ""))
-        elif kind is ConvBNAct2d:  # fused by itself
-            reason = why_stock_anywhere() or why_stock_children(module, ("conv",), ("bn",), ())
-            reports.append(BlockReport(name, kind.__name__, reason is None, reason or ""))
-        elif (fused := _fused_class(kind)) is not None:
-            reason = fused.why_stock_children(module) or "fuse() has not been applied to it"
-            reports.append(BlockReport(name, kind.__name__, False, reason))
-        elif id(module) not in inside and any(isinstance(child, _BatchNorm) for child in module.children()):
-            reports.append(BlockReport(name, kind.__name__, False, f"resfuse has no fused {kind.__name__}"))
-        else:
-            continue
-        projection = module._modules.get("downsample")
-        if projection is not None:
-            inside.update(id(part) for part in projection.modules())  # a block answers for its projection
+    reports = []
+    for name, module in _blocks(model):
+        fused = isinstance(module, FusedBlock)
+        kind = _stock_class(type(module)) if fused else type(module)
+        reason = _why_stock(module, getattr(module, "_resfuse_backend", None))
+        if reason is None and not fused and kind is not ConvBNAct2d:
+            reason = "fuse() has not been applied to it"
+        reports.append(BlockReport(name, kind.__name__, reason is None, reason or ""))
     return Explanation(tuple(reports))
 
 
@@ -147,9 +162,11 @@ def fuse(
 
     Args:
         model (nn.Module): changed in place.
-        filter_fn (Callable[[nn.Module, str], bool] | None): given a block and its qualified name, whether to fuse it.
+        filter_fn (Callable[[nn.Module, str], bool] | None): given a block that :func:`explain` lists and its qualified
+            name, whether to fuse it.
         backend (str | None): "native", "triton" or "reference" for every fused block; None chooses at each call.
-        strict (bool): raise if a block that holds batch normalisation would stay stock.
+        strict (bool): raise if a block that filter_fn lets through would stay stock, now and with activations in its
+            parameters' device and dtype.
 
     Returns:
         nn.Module: the same object.
@@ -161,18 +178,14 @@ def fuse(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     _check_backend(model, backend)
-    plan = []
-    for name, module in model.named_modules():
-        known = type(module) if isinstance(module, FusedBlock) else _fused_class(type(module))
-        if known is None or (filter_fn is not None and not filter_fn(module, name)):
-            continue
-        if known.why_stock_children(module) is None:
-            plan.append((module, known))
+    chosen = [(name, module) for name, module in _blocks(model) if filter_fn is None or filter_fn(module, name)]
     if strict:
-        _raise_if_left(model, {id(module) for module, _ in plan})
-    for module, known in plan:
-        module.__class__ = known
-        module._resfuse_backend = backend
+        _raise_if_stock(chosen, backend)
+    for _, module in chosen:
+        known = _known_class(module)
+        if known is not None and known.why_stock_children(module) is None:
+            module.__class__ = known  # type: ignore[assignment]
+            module._resfuse_backend = backend  # type: ignore[assignment]
     return model
 
 
@@ -187,16 +200,10 @@ def _check_backend(model: nn.Module, backend: str | None) -> None:
             raise RuntimeError(f"backend={backend!r} does not serve this model on {parameter.device.type}: {reason}")
 
 
-def _raise_if_left(model: nn.Module, planned: set[int]) -> None:
-    modules = dict(model.named_modules())
-    own = (ConvBNAct2d,)  # fused without fuse
-    left = [
-        b
-        for b in explain(model).blocks
-        if id(modules[b.name]) not in planned and not (b.fused and type(modules[b.name]) in own)
-    ]
+def _raise_if_stock(chosen: list[tuple[str, nn.Module]], backend: str | None) -> None:
+    left = [(name or "(model)", reason) for name, module in chosen if (reason := _why_stock(module, backend))]
     if left:
-        lines = "; ".join(f"{b.name or '(model)'}: {b.reason or 'excluded by filter_fn'}" for b in left)
+        lines = "; ".join(f"{name}: {reason}" for name, reason in left)
         raise ValueError(f"strict=True, but {len(left)} blocks would stay stock: {lines}")
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import resfuse
-from resfuse import fusion, models
-from resfuse.nn import FusedBasicBlock
+from resfuse import fusion, models, ops
+from resfuse.nn import ConvBNAct2d, FusedBasicBlock
 
 
 def types(model):
@@ -53,7 +53,7 @@ def test_filter_fn_is_given_blocks_and_qualified_names():
         asked.append((name, type(module)))
         return name.startswith("layer2")
 
-    resfuse.fuse(model, filter_fn=choose)
+    resfuse.fuse(model, filter_fn=choose, strict=True)
     assert asked[0] == ("", models.CifarResNet)
     assert [name for name, _ in asked] == ["", "layer1.0", "layer2.0", "layer3.0"]
     assert [block.name for block in resfuse.explain(model).blocks if block.fused] == ["layer2.0"]
@@ -70,6 +70,40 @@ def test_strict_lists_blocks_and_changes_nothing():
     assert "layer1" not in str(error.value)
     assert types(model) == before
     assert all(b.fused for b in resfuse.explain(resfuse.fuse(models.resnet18(), strict=True)).blocks)
+
+
+def test_strict_counts_nothing_that_filter_fn_excludes():
+    model = nn.Sequential(OwnBlock(4, 4), models.BasicBlock(4, 4), models.BasicBlock(4, 4), ConvBNAct2d(4, 4))
+    model[1].bn1.register_forward_hook(lambda *_: None)
+    model[3].conv.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"2 blocks would stay stock: 1: bn1 has a hook; 3: conv has a hook$"):
+        resfuse.fuse(model, filter_fn=lambda _, name: name in "13", strict=True)
+    resfuse.fuse(model, filter_fn=lambda _, name: name == "2", strict=True)
+    assert [block.name for block in resfuse.explain(model).blocks if block.fused] == ["2"]
+    resfuse.fuse(model, filter_fn=lambda *_: False, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=["device", "dtype"])
+def test_strict_names_why_no_backend_serves(dtype, monkeypatch):
+    if dtype == torch.float32:
+        monkeypatch.setitem(ops.missing_native, "cpu", "test")
+    model = nn.Sequential(models.BasicBlock(4, 4), ConvBNAct2d(4, 4)).to(dtype)
+    before, reason = types(model), f"no backend serves {dtype} on cpu: "
+    with pytest.raises(ValueError, match=f"2 blocks would stay stock: 0: {reason}.+; 1: {reason}"):
+        resfuse.fuse(model, strict=True)
+    assert types(model) == before
+    assert not any(block.fused for block in resfuse.explain(resfuse.fuse(model)).blocks)
+    resfuse.fuse(model[:1], backend="reference", strict=True)
+    resfuse.fuse(model.to("meta"), strict=True)  # a device that says nothing about where the model will run
+
+
+def test_strict_under_a_global_hook():
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="0: a global module hook is registered"):
+            resfuse.fuse(nn.Sequential(models.BasicBlock(4, 4)), strict=True)
+    finally:
+        handle.remove()
 
 
 class OwnBlock(models.BasicBlock):
