@@ -55,24 +55,38 @@ RESFUSE_INLINE float load(BFloat16 value) { return float_from_bits(static_cast<u
 
 // A half's exponent and mantissa, shifted into a float's fields, are 2^112 too small; exponent 31 is Inf or NaN.
 RESFUSE_INLINE float load(Half value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   const uint32_t scaled = bits_from_float(float_from_bits(magnitude) * 0x1p112f);
   const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : scaled;
   return float_from_bits(bits | sign);
+#endif
 }
 
-// Conversion at the store rounds to nearest, ties to even, and keeps NaN and Inf.
+// Conversion at the store rounds to nearest, ties to even, and keeps NaN and Inf. A GPU's own conversions do the same,
+// subnormals included, and differ in the bits of a NaN alone; that to bfloat16 came with sm_80.
 RESFUSE_INLINE void store(double* out, double value) { *out = value; }
 RESFUSE_INLINE void store(float* out, float value) { *out = value; }
 
 RESFUSE_INLINE void store(BFloat16* out, float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
+#else
   const uint32_t bits = bits_from_float(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
 }
 
 RESFUSE_INLINE void store(Half* out, float value) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
+#else
   const uint32_t bits = bits_from_float(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -82,6 +96,7 @@ RESFUSE_INLINE void store(Half* out, float value) {
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   out->bits = static_cast<uint16_t>((magnitude >= 0x477ff000u ? special : finite) | sign);
+#endif
 }
 
 // The value that a later reader of the stored result will see.

@@ -36,6 +36,14 @@ torch.ops.load_library(sys.argv[1])
 for name in sys.argv[3:]:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("resfuse::" + name, "CUDA"), name
 """
+# every conversion of 16-bit floats once
+CONVERT = f"""
+#include "{ROOT / "csrc" / "math.h"}"
+extern "C" __global__ void convert(resfuse::Half* half, resfuse::BFloat16* bfloat16, float* values) {{
+  values[0] = load(half[0]), values[1] = load(bfloat16[0]);
+  store(half + 1, values[2]), store(bfloat16 + 1, values[3]);
+}}
+"""
 STUB = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return device; }"
 
 
@@ -220,6 +228,20 @@ def test_cuda_kernels_stay_in_registers(cuda_build):
     assert len(functions) >= 4 * len(CUDA_UNITS), log
     spilling = [entry for entry in functions if set(re.findall(r"(\d+) bytes", entry[1])) != {"0"}]
     assert not spilling
+
+
+@pytest.mark.parametrize("architecture", [75, 80, 90])
+def test_cuda_converts_16_bit_floats_in_hardware(tmp_path, architecture):
+    nvcc = real_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    (tmp_path / "convert.cu").write_text(CONVERT)
+    command = [nvcc, "-std=c++17", f"-arch=compute_{architecture}", "--ptx", "convert.cu"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = set(re.findall(r"\bcvt\.(?:rn\.)?b?f\d+\.b?f\d+", (tmp_path / "convert.ptx").read_text()))
+    bfloat16 = {"cvt.rn.bf16.f32"} if architecture >= 80 else set()  # below, there is no such instruction
+    assert found == {"cvt.f32.f16", "cvt.rn.f16.f32"} | bfloat16
 
 
 @pytest.fixture
