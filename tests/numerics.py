@@ -1,4 +1,4 @@
-"""What counts as right: the tolerance of every numerical test, and the inputs that tests are built from.
+"""What counts as right: the tolerance of every numerical test, and what tests are built from: inputs and steps.
 
 The rule: against a float64 reference, the error is at most twice that of stock torch's own path in the same dtype, plus
 one floor per dtype. Errors are relative in the L2 norm, gradients are judged by their cosine too.
@@ -155,4 +155,38 @@ def outcome(out, inputs, grad_out, norms=()):
         for field in ("running_mean", "running_var", "num_batches_tracked"):
             if getattr(bn, field) is not None:
                 found[f"{field} {i}"] = getattr(bn, field).detach().clone()
+    return found
+
+
+def step(module, x, residual=None, *, call=None, target=None, scale=1.0, autocast=False, needs_grad=True):
+    """Everything a training step leaves behind, by name: its output, every gradient, the buffers.
+
+    call: what runs the module, where it is not the module itself, as what torch.compile made of it.
+    target: classes, for the cross entropy of every output as the loss; without it out's gradient is a ramp times scale.
+    """
+    module.zero_grad()
+    inputs = {
+        name: leaf(t).requires_grad_(needs_grad) for name, t in (("x", x), ("residual", residual)) if t is not None
+    }
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = (module if call is None else call)(*inputs.values())
+        loss = None if target is None else F.cross_entropy(out, target, reduction="none")
+    found = {"out": out.detach()}
+    if loss is None:
+        out.backward(scale * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out))
+    else:
+        loss.sum().backward()
+        found["loss"] = loss.detach()
+    leaves = inputs | dict(module.named_parameters())
+    found |= {f"grad {name}": t.grad for name, t in leaves.items()}
+    return found | {name: b.clone() for name, b in module.named_buffers()}
+
+
+def judged(result, exact):
+    """Results by name, all gradients as one vector in which each has length 1: few channels make an error haphazard."""
+    assert [t is None for t in result.values()] == [t is None for t in exact.values()]
+    found = {key: t for key, t in result.items() if not key.startswith("grad") and t is not None}
+    grads = [(t, exact[key]) for key, t in result.items() if key.startswith("grad") and t is not None]
+    if grads:
+        found["grads"] = torch.cat([(t / wanted.norm().to(t.dtype)).flatten() for t, wanted in grads])
     return found

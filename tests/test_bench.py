@@ -20,19 +20,11 @@ from resfuse.bench.records import append, read
 from resfuse.bench.shapes import batch_norm_shapes
 from resfuse.bench.timing import calls_for, compare, interleave, milliseconds, quantile, summarise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 needs_native = pytest.mark.skipif(
     backends.missing("bn_act", "native", "cpu", torch.float32) is not None, reason="the native library is missing"
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The work is small: a second thread only waits for the first, long where the machine is shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def load_script(name):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
-from numerics import assert_as_exact, batch_norm, copy_of, image, leaf, outcome
+from numerics import assert_as_exact, batch_norm, copy_of, image, leaf, outcome, step
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -69,18 +69,6 @@ def network():
     return model
 
 
-def step(call, model, x, *, autocast=False):
-    """What one training step leaves behind, by name; `call` is the model or what torch.compile made of it."""
-    model.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = call(x)
-    out.backward(torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out))
-    found = {"out": out.detach(), "grad x": x.grad}
-    found |= {f"grad {name}": p.grad for name, p in model.named_parameters() if not name.startswith("0.")}
-    return found | {name: b.clone() for name, b in model.named_buffers()}
-
-
 def assert_same(compiled, eager, exact, **options):
     for name in exact:
         assert_as_exact(compiled[name], eager[name], exact[name], name, **options)
@@ -97,7 +85,7 @@ def test_a_training_step_is_one_graph_with_the_numbers_of_eager(recorder):
     compiled = torch.compile(model, fullgraph=True, backend=recorder.backend)
     for i in range(2):
         x = torch.randn(3, 3, 12, 12)
-        assert_same(step(compiled, model, x), step(eager, eager, x), step(exact, exact, x.double()))
+        assert_same(step(model, x, call=compiled), step(eager, x), step(exact, x.double()))
         assert recorder.runs == 2 * (i + 1)
     assert len(recorder.forward) == len(recorder.backward) == 1
     assert recorder.forward[0] >= FUSED_OPS
@@ -124,7 +112,7 @@ def test_a_second_batch_size_does_not_recompile(recorder, how, layout):
 
     for batch in (4, 3, 6):
         x = torch.randn(batch, 3, 12, 12).contiguous(memory_format=layout)
-        assert_same(step(call, model, x), step(eager, eager, x), step(exact, exact, x.double()))
+        assert_same(step(model, x, call=call), step(eager, x), step(exact, x.double()))
     assert len(recorder.forward) == len(recorder.backward) == 1
     assert recorder.runs == 6
 
@@ -133,7 +121,7 @@ def test_automatic_dynamic_shapes_settle(recorder):
     model = resfuse.fuse(network())
     compiled = torch.compile(model, fullgraph=True, backend=recorder.backend)
     for batch in (4, 3, 6, 5):
-        step(compiled, model, torch.randn(batch, 3, 12, 12))
+        step(model, torch.randn(batch, 3, 12, 12), call=compiled)
     assert len(recorder.forward) <= 2
 
 
@@ -156,7 +144,7 @@ def test_switching_to_eval_and_back_recompiles_once(recorder):
         x = torch.randn(3, 3, 12, 12)
         for module in (model, eager, exact):
             module.train(training)
-        assert_same(step(compiled, model, x), step(eager, eager, x), step(exact, exact, x.double()))
+        assert_same(step(model, x, call=compiled), step(eager, x), step(exact, x.double()))
     assert len(recorder.forward) == 2 and recorder.runs == 8
 
 
@@ -212,10 +200,10 @@ def test_autocast(recorder, where):
 
     compiled = torch.compile(inside if where == "inside" else model, fullgraph=True, backend=recorder.backend)
     x = torch.randn(3, 3, 12, 12)
-    found = step(compiled, model, x, autocast=where == "outside")
+    found = step(model, x, call=compiled, autocast=where == "outside")
     assert found["out"].dtype == torch.bfloat16
     # bfloat16 gradients are off by hundredths: they must only be longer than their bound
-    assert_same(found, step(eager, eager, x, autocast=True), step(exact, exact, x.double()), margin=1)
+    assert_same(found, step(eager, x, autocast=True), step(exact, x.double()), margin=1)
     assert recorder.runs == 2 and recorder.forward[0] >= FUSED_OPS
 
 
@@ -225,7 +213,7 @@ def test_inductor_generates_code_with_the_numbers_of_eager():
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for batch in (3, 2):
         x = torch.randn(batch, 4, 6, 6)
-        assert_same(step(compiled, model, x), step(eager, eager, x), step(exact, exact, x.double()))
+        assert_same(step(model, x, call=compiled), step(eager, x), step(exact, x.double()))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert sum(torch._dynamo.utils.counters["inductor"].values()) > 0
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from numerics import assert_all_as_exact
+from numerics import assert_all_as_exact, judged, step
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import module as torch_module
@@ -62,32 +62,10 @@ def image(block, batch=8):
     return torch.randn(batch, block.conv1.in_channels, 7, 7) + 0.5
 
 
-def step(call, block, x, *, scale=1.0, autocast=False, needs_grad=True):
-    """What one step leaves behind, by name; `call` is the block or something around it."""
-    block.zero_grad()
-    x = x.detach().clone().requires_grad_(needs_grad)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = call(x)
-    out.backward(scale * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out))
-    found = {"out": out.detach(), "grad x": x.grad}
-    found |= {f"grad {key}": p.grad for key, p in block.named_parameters()}
-    return found | {key: b.clone() for key, b in block.named_buffers()}
-
-
-def judged(result, exact):
-    """Results by name, all gradients as one vector in which each has length 1: few channels make an error haphazard."""
-    found = {key: t for key, t in result.items() if not key.startswith("grad") and t is not None}
-    grads = [(t, exact[key]) for key, t in result.items() if key.startswith("grad") and t is not None]
-    assert [t is None for t in result.values()] == [t is None for t in exact.values()]
-    if grads:
-        found["grads"] = torch.cat([(t / wanted.norm().to(t.dtype)).flatten() for t, wanted in grads])
-    return found
-
-
 def assert_as_stock(blocks, x, wrap=lambda block: block, *, margin=100, **options):
     """A step of the fused block is as exact as one of the stock block."""
-    results = [step(wrap(b), b, x.to(next(b.parameters()).dtype), **options) for b in blocks[:2]]
-    exact = step(wrap(blocks[2]), blocks[2], x.double(), **options | {"autocast": False})
+    results = [step(b, x.to(next(b.parameters()).dtype), call=wrap(b), **options) for b in blocks[:2]]
+    exact = step(blocks[2], x.double(), call=wrap(blocks[2]), **options | {"autocast": False})
     assert_all_as_exact(*(judged(result, exact) for result in (*results, exact)), margin=margin)
 
 
@@ -152,7 +130,7 @@ def test_grad_scaler():
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_an_empty_batch(training):
     fused, stock, _ = (block.train(training) for block in three())
-    found, wanted = (step(block, block, image(block, 0)) for block in (fused, stock))
+    found, wanted = (step(block, image(block, 0)) for block in (fused, stock))
     for key, expected in wanted.items():
         torch.testing.assert_close(found[key], expected, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}")
 
@@ -232,7 +210,7 @@ def test_a_replaced_child_keeps_its_block_stock(what):
     torch.manual_seed(1)
     blocks = three(prepare=REPLACED[what])
     x = image(blocks[0])
-    ours, theirs = (step(block, block, x) for block in blocks[:2])
+    ours, theirs = (step(block, x) for block in blocks[:2])
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     (report,) = resfuse.explain(blocks[0]).blocks
     assert not report.fused and report.reason

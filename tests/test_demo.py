@@ -17,20 +17,12 @@ from resfuse import backends, cli, reference
 from resfuse.demo import data, digits, parity, run, settings, speed, table
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = settings.Settings(
     network="resnet18", photos=4, photo_size=64, rounds=2, digits_network="cifar_resnet20", train_digits=32,
     test_digits=20, digits_batch=8, epochs=1,
 )  # fmt: skip
 NATIVE = backends.missing("bn_act", "native", "cpu", torch.float32) is None
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The work is small: a second thread only waits for the first, long where the machine is shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_all_as_exact, assert_as_exact
+from numerics import assert_all_as_exact, assert_as_exact, judged, step
 from torch import nn
 
 import resfuse
@@ -82,25 +82,6 @@ def without_ties(exact, shape):
             exact(x.double())
             return x
     raise AssertionError("no input without ties")
-
-
-def step(model, x, target, *, autocast=False):
-    """What one training step leaves behind, by name."""
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = model(x)
-        loss = F.cross_entropy(out, target, reduction="none")
-    loss.sum().backward()
-    found = {"out": out.detach(), "loss": loss.detach(), "grad x": x.grad}
-    found |= {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
-    return found | dict(model.named_buffers())
-
-
-def judged(result, exact):
-    """Results by name, all gradients as one vector in which each has length 1: few channels make an error haphazard."""
-    found = {key: t for key, t in result.items() if not key.startswith("grad")}
-    grads = [t / exact[key].norm().to(t.dtype) for key, t in result.items() if key.startswith("grad")]
-    return found | {"grads": torch.cat([grad.flatten() for grad in grads])}
 
 
 def nodes(out):
@@ -187,7 +168,7 @@ def test_training_step_is_as_exact_as_stock(name, layout):
     x = without_ties(exact, (8, 3, 16, 16)).to(memory_format=layout)
     target = torch.randint(10, (8,))
     results = [
-        step(model, x.to(p.dtype), target) for model in (fused, stock, exact) for p in [next(model.parameters())]
+        step(model, x.to(p.dtype), target=target) for model in (fused, stock, exact) for p in [next(model.parameters())]
     ]
     assert_all_as_exact(*(judged(result, results[2]) for result in results))
 
@@ -198,8 +179,8 @@ def test_training_step_under_autocast(name, layout):
     stock = build(name).to(memory_format=layout)
     exact, fused = copy.deepcopy(stock).double(), resfuse.fuse(copy.deepcopy(stock))
     x, target = torch.randn(4, 3, 64, 64).to(memory_format=layout), torch.randint(10, (4,))
-    ours, theirs = (step(model, x, target, autocast=True) for model in (fused, stock))
-    wanted = step(exact, x.double(), target)
+    ours, theirs = (step(model, x, target=target, autocast=True) for model in (fused, stock))
+    wanted = step(exact, x.double(), target=target)
     # through this many layers, bfloat16 gradients are off by tenths: they must only be longer than their bound
     assert_all_as_exact(*(judged(result, wanted) for result in (ours, theirs, wanted)), margin=1)
 

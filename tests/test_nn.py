@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from numerics import assert_as_exact, image
+from numerics import assert_as_exact, image, step
 from torch import nn
 
 import resfuse
@@ -46,27 +46,16 @@ def randomise(module):
     return module
 
 
-def step(module, inputs):
-    """What one call and its backward leave behind, by name; gradients are not accumulated."""
-    inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    out = module(**inputs)
-    wanted = {**inputs, **{name: p for name, p in module.named_parameters() if p.requires_grad}}
-    cotangent = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
-    grads = torch.autograd.grad(out, list(wanted.values()), cotangent)
-    found = {"out": out.detach()} | {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True)}
-    return found | {name: b.clone() for name, b in module.named_buffers()}
-
-
 def assert_same_steps(ours, stock, exact, *, steps=3, residual=True, prefix="bn.", channels=CHANNELS, outputs=CHANNELS):
     """Several calls agree by the rule of numerics.py; stock's names begin with `prefix`."""
     for _ in range(steps):
         inputs = {"x": image((4, channels, 5, 6))}
         if residual:
             inputs["residual"] = torch.randn(4, outputs, 5, 6)
-        found = step(ours, inputs)
-        theirs = {name.replace(prefix, ""): t for name, t in step(stock, inputs).items()}
+        found = step(ours, **inputs)
+        theirs = {name.replace(prefix, ""): t for name, t in step(stock, **inputs).items()}
         wanted = {
-            name.replace(prefix, ""): t for name, t in step(exact, {k: x.double() for k, x in inputs.items()}).items()
+            name.replace(prefix, ""): t for name, t in step(exact, **{k: x.double() for k, x in inputs.items()}).items()
         }
         assert found.keys() == theirs.keys() == wanted.keys()
         for name in wanted:
@@ -96,7 +85,7 @@ def test_add_relu_matches_stock():
             return torch.relu(x + residual)
 
     inputs = {"x": x, "residual": residual}
-    found, theirs = step(AddReLU(), inputs), step(Stock(), inputs)
+    found, theirs = step(AddReLU(), **inputs), step(Stock(), **inputs)
     assert all(torch.equal(found[name], theirs[name]) for name in theirs)
     assert found["grad x"].count_nonzero() > 0
 
@@ -161,8 +150,8 @@ def test_bn_act_in_low_precision_with_float32_parameters():
     ours, stock, exact = trio()
     x = image((4, CHANNELS, 5, 6), torch.bfloat16)
     inputs = {"x": x, "residual": torch.randn(4, CHANNELS, 5, 6).bfloat16()}
-    found, theirs = step(ours, inputs), step(stock, inputs)
-    wanted = step(exact, {name: t.double() for name, t in inputs.items()})
+    found, theirs = step(ours, **inputs), step(stock, **inputs)
+    wanted = step(exact, **{name: t.double() for name, t in inputs.items()})
     assert found["out"].dtype == torch.bfloat16 and found["grad weight"].dtype == torch.float32
     for name, tensor in wanted.items():
         # stock reduces float32 sums, ours too: only what is stored in bfloat16 is coarse
