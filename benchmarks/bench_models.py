@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfuse import backends, fuse
+from resfuse import fuse
 from resfuse.bench import parity
-from resfuse.bench.environment import describe, environment
+from resfuse.bench.environment import native_environment
 from resfuse.bench.memory import model_tensors, peak_resident_bytes, saved_memory
 from resfuse.bench.peers import import_torchvision
 from resfuse.bench.records import append
@@ -197,12 +197,7 @@ def main() -> None:
     if options.peak_of:
         report_peak(*options.peak_of)
         return
-    for dtype in options.dtypes:
-        reason = backends.missing("bn_act", "native", "cpu", getattr(torch, dtype))
-        if reason is not None:
-            raise SystemExit(f"nothing to measure: no native kernels for {dtype}: {reason}")
-    where = environment()
-    print(describe(where))
+    where = native_environment(options.dtypes)
     fixed = {"suite": "models", "quick": options.quick, "environment": where, "backend": "native"}
     for network in options.models:
         for dtype in options.dtypes:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse import BatchNorm2dParameters, backends, functional, models, ops, reference
-from resfuse.bench.environment import describe, environment
+from resfuse import BatchNorm2dParameters, functional, models, ops, reference
+from resfuse.bench.environment import native_environment
 from resfuse.bench.parity import FACTOR, FLOOR, relative_l2
 from resfuse.bench.records import append
 from resfuse.bench.shapes import batch_norm_shapes
@@ -275,12 +275,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.batch, options.size, options.rounds = 2, 64, 3
-    for name in options.dtypes:
-        reason = backends.missing("bn_act", "native", "cpu", getattr(torch, name))
-        if reason is not None:
-            raise SystemExit(f"nothing to measure: no native kernels for {name}: {reason}")
-    where = environment()
-    print(describe(where))
+    where = native_environment(options.dtypes)
     print(f"{'unit':17} {'residual':9} {'dtype':9} {'shape':>15} {'ms (p20-p80)':>22}".ljust(82)
           + f"{'GB/s':>7} {'of copy':>8} {'stock ms':>9} speed-up")  # fmt: skip
     for shape in shapes(options.batch, options.size, options.all_shapes):

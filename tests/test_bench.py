@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resfuse import backends, models
+from resfuse import backends, models, ops
 from resfuse.bench import parity
-from resfuse.bench.environment import describe, environment
+from resfuse.bench.environment import describe, environment, native_environment
 from resfuse.bench.memory import model_tensors, peak_resident_bytes, saved_memory
 from resfuse.bench.records import append, read
 from resfuse.bench.shapes import batch_norm_shapes
@@ -147,6 +147,17 @@ def test_environment_record():
     assert {"date", "commit", "dirty", "device", "device_name", "driver", "threads", "torch", "triton"} <= record.keys()
     assert record["torch"] in describe(record)
     assert "no checkout" in describe({**record, "commit": None, "dirty": None})
+
+
+def test_native_kernels_are_measured_only_where_they_are(capsys, monkeypatch):
+    monkeypatch.setitem(ops.missing_native, "cpu", None)
+    record = native_environment(["float32", "bfloat16"])
+    assert capsys.readouterr().out == describe(record) + "\n"
+    with pytest.raises(SystemExit, match=r"no native kernels for int8: it has no kernel for torch\.int8"):
+        native_environment(["float32", "int8"])
+    monkeypatch.setitem(ops.missing_native, "cpu", "it was not built")
+    with pytest.raises(SystemExit, match="no native kernels for float32: it was not built"):
+        native_environment(["float32"])
 
 
 def test_records_are_appended(tmp_path):

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 import resfuse
+from resfuse import backends
 
 _PACKAGE = Path(resfuse.__file__).resolve().parent
 # results are appended while measuring and the README is generated from them: neither changes what is measured
@@ -47,6 +49,24 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.machine()}",
     }
+
+
+def native_environment(dtypes: Iterable[str]) -> dict[str, Any]:
+    """The environment of a run that measures the native CPU kernels, also printed in one line.
+
+    Args:
+        dtypes (Iterable[str]): the dtypes that will be measured, as "float32".
+
+    Raises:
+        SystemExit: a dtype has no native kernels; with the reason.
+    """
+    for dtype in dtypes:
+        reason = backends.missing("bn_act", "native", "cpu", getattr(torch, dtype))
+        if reason is not None:
+            raise SystemExit(f"nothing to measure: no native kernels for {dtype}: {reason}")
+    record = environment()
+    print(describe(record))
+    return record
 
 
 def describe(record: dict[str, Any]) -> str:
