@@ -124,10 +124,22 @@ def test_a_lost_gradient_breaks_the_bound(monkeypatch):
     assert wrong and all(quantity.startswith("gradients") for quantity in wrong)
 
 
-def test_a_missing_native_library_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(backends, "missing", lambda *_: "it was not built")
-    backend, line = run.choose_backend(None)
-    assert backend == "reference" and "it was not built" in line and "\n" not in line
+def test_a_missing_native_library_is_said_in_one_line(monkeypatch, tmp_path):
+    class MeasuringError(Exception):
+        pass
+
+    def measure(photos, settings, backend, console):
+        assert backend == "reference"
+        raise MeasuringError
+
+    monkeypatch.setattr(backends, "missing", lambda *_: "it was not built, which takes long to explain")
+    monkeypatch.setattr(run, "_measure", measure)
+    console = Console(width=80, file=io.StringIO())
+    with pytest.raises(MeasuringError):
+        run.run(tmp_path, TINY, None, console)
+    line, where = console.file.getvalue().splitlines()
+    assert "running on plain torch (backend reference): it was not built" in line and line.endswith("explain.")
+    assert f"torch {torch.__version__}" in where
 
 
 @pytest.mark.parametrize("backend", ["triton", "nonsense"])

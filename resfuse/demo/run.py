@@ -59,9 +59,9 @@ def run(output: Path, settings: Settings = FULL, backend: str | None = None, con
     console = console or Console()
     chosen, line = choose_backend(backend)
     if line is not None:
-        console.print(line, style="yellow")
+        console.print(line, style="yellow", soft_wrap=True)
     where = environment()
-    console.print(describe(where), style="dim", highlight=False)
+    console.print(describe(where), style="dim", highlight=False, soft_wrap=True)
     start = time.perf_counter()
     photos = data.load_photos(settings.photos, settings.photo_size)
     report: dict[str, Any] = {"environment": where, "backend": chosen, "settings": asdict(settings)}
