@@ -1,6 +1,8 @@
 """The compiled libraries: the settings of the build, what the libraries depend on, and the CUDA kernels as far as the
 hardware goes: compiled and registered where nvcc is, run where an NVIDIA GPU is."""
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -13,6 +15,8 @@ import pytest
 import setuptools
 import torch
 from numerics import DTYPES, assert_as_exact, image
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import resfuse
 from resfuse import backends, ops, reference
@@ -145,6 +149,18 @@ def test_every_source_is_built_or_shipped(setup_py):
     extension = setup_py.cpu_extension
     known = {*extension.sources, *extension.depends, *setup_py.files("cuda/*.cu")}
     assert known >= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-lint.txt"])
+def test_every_pin_supports_the_oldest_python(name):
+    """As far as packages are installed here; a pin that a marker keeps from Python 3.10 is not asked."""
+    pins = [Requirement(line) for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    pins = [p for p in pins if p.marker is None or p.marker.evaluate({"python_version": "3.10"})]
+    for pin in pins:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed = importlib.metadata.distribution(pin.name)
+            if installed.version in pin.specifier:
+                assert "3.10" in SpecifierSet(installed.metadata["Requires-Python"] or ""), pin
 
 
 def test_missing_compiler_is_one_clear_line(tmp_path):
