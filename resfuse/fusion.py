@@ -158,7 +158,8 @@ def fuse(
     Known blocks: BasicBlock, Bottleneck and the stem of torchvision's ResNets and of :mod:`resfuse.models`, and those
     given to :func:`register_block`. A block whose children it cannot replace (another normalisation, a hook, a
     parametrization) stays stock, and so does, call by call, a block on a device or in a dtype that no backend serves;
-    :func:`explain` says why. Call it after loading weights and before torch.compile, DDP or FSDP.
+    :func:`explain` says why. Call it after loading weights and before torch.compile, DDP or FSDP. torch.jit.script
+    refuses a fused block: script the model unfused, or trace or export it.
 
     Args:
         model (nn.Module): changed in place.

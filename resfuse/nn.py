@@ -312,6 +312,14 @@ class FusedBlock:
         """Why the children of `block` keep it from being fused; None where they do not."""
         return why_stock_children(block, cls.fused_convs, cls.fused_norms, cls.fused_activations)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script asks for what to script instead, and puts it into the caller's own containers: a stock block
+        # given here would undo fuse behind the caller's back
+        raise NotImplementedError(
+            "torch.jit.script does not support fused blocks: script resfuse.unfuse(model), "
+            "or use torch.jit.trace or torch.export on the fused model"
+        )
+
 
 class FusedResidual(FusedBlock):
     """The forward of a residual block with children conv1, bn1, ..., relu and downsample."""

@@ -257,3 +257,12 @@ def test_jit_trace_can_be_saved_and_loaded():
     torch.jit.save(torch.jit.trace(model, x), file)
     file.seek(0)
     torch.testing.assert_close(torch.jit.load(file)(x), model(x))
+
+
+def test_jit_script_refuses_fused_blocks_and_changes_nothing():
+    model, x = resfuse.fuse(network().eval()), torch.randn(2, 3, 12, 12)
+    modules, expected = list(model.modules()), model(x)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script does not support fused blocks.*unfuse"):
+        torch.jit.script(model)
+    assert list(model.modules()) == modules and all(block.fused for block in resfuse.explain(model).blocks)
+    torch.testing.assert_close(torch.jit.script(resfuse.unfuse(model))(x), expected)
