@@ -54,6 +54,25 @@ SCHEMAS = (
     "scale_shift_relu_maxpool_backward_apply_(Tensor grad_out, Tensor indices, Tensor(a!) x, Tensor scale, "
     "Tensor shift, Tensor mean, Tensor? grad_mean, Tensor? grad_var, int[2] kernel_size, int[2] stride, "
     "int[2] padding) -> ()",
+    "tile_kernels(Tensor like) -> bool",
+    "conv_stats(Tensor x, Tensor? affine, Tensor? mean, Tensor weight, bool relu, int[2] stride, "
+    "int[2] padding, int[2] dilation, bool moments) -> (Tensor y, Tensor y_mean, Tensor y_var)",
+    "conv_stats_backward(Tensor grad_y, Tensor? y, Tensor? y_affine, Tensor? y_mean, Tensor? grad_mean, "
+    "Tensor? grad_var, bool y_relu, Tensor x, Tensor? affine, Tensor? mean, Tensor weight, bool relu, "
+    "int[2] stride, int[2] padding, int[2] dilation, Tensor? other, bool need_x, bool need_weight) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor sums)",
+    "conv_stats_backward_(Tensor grad_y, Tensor? y, Tensor? y_affine, Tensor? y_mean, Tensor? grad_mean, "
+    "Tensor? grad_var, bool y_relu, Tensor x, Tensor? affine, Tensor? mean, Tensor weight, bool relu, "
+    "int[2] stride, int[2] padding, int[2] dilation, Tensor(a!) other, bool need_weight) "
+    "-> (Tensor grad_weight, Tensor sums)",
+    "conv_act(Tensor x, Tensor? affine, Tensor? mean, bool relu_x, Tensor weight, Tensor? scale, Tensor shift, "
+    "Tensor? residual, Tensor? residual_affine, Tensor? residual_mean, bool relu, int[2] stride, "
+    "int[2] padding, int[2] dilation) -> Tensor",
+    "second_moments(Tensor x, Tensor? affine, Tensor? mean, bool relu) -> (Tensor a_mean, Tensor covariance)",
+    "expand_bn_act_backward_weight(Tensor grad_out, Tensor? out, Tensor x, Tensor? affine, Tensor? mean, bool relu) "
+    "-> (Tensor dz, Tensor product, Tensor sums)",
+    "expand_bn_act_backward_input(Tensor dz, Tensor x, Tensor? affine, Tensor? mean, bool relu, Tensor weight, "
+    "Tensor correction, Tensor row) -> (Tensor grad_x, Tensor sums)",
 )
 
 _library = torch.library.Library("resfuse", "DEF")
@@ -110,6 +129,48 @@ def _fake_pool(x: Tensor, scale: Tensor, shift: Tensor, *window: Sequence[int]) 
     return out, torch.empty_like(out, dtype=torch.uint8)
 
 
+def _convolved(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    spatial = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    shape = (x.shape[0], weight.shape[0], *spatial)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_conv_stats(
+    x: Tensor,
+    affine: Any,
+    mean: Any,
+    weight: Tensor,
+    relu: bool,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    moments: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = weight.shape[0] if moments else 0
+    return _convolved(x, weight, stride, padding, dilation), _vector(x, size), _vector(x, size)
+
+
+def _fake_conv_stats_backward(grad_y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, affine, weight, need_x, need_weight = rest[6], rest[7], rest[9], rest[-2], rest[-1]
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    grad_weight = torch.empty_like(weight) if need_weight else weight.new_empty(0)
+    return grad_x, grad_weight, _vector(x, 2, x.shape[1]) if need_x and affine is not None else _vector(x, 0)
+
+
+def _fake_conv_stats_backward_(grad_y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake_conv_stats_backward(grad_y, *rest[:-1], True, rest[-1])[1:]
+
+
+def _fake_conv_act(x: Tensor, affine: Any, mean: Any, relu_x: bool, weight: Tensor, *rest: Any) -> Tensor:
+    return _convolved(x, weight, *rest[-3:])
+
+
+def _fake_expand_weight(grad_out: Tensor, out: Any, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(grad_out), _vector(x, grad_out.shape[1], x.shape[1]), _channels(grad_out)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "add_relu": lambda x, residual: torch.empty_like(x),
     "add_relu_backward": lambda grad_out, out: torch.empty_like(out),
@@ -127,6 +188,17 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scale_shift_relu_maxpool_backward_reduce": lambda grad_out, indices, x, *_: _vector(x, 2, x.shape[1]),
     "scale_shift_relu_maxpool_backward_apply": lambda grad_out, indices, x, *_: torch.empty_like(x),
     "scale_shift_relu_maxpool_backward_apply_": lambda *_: None,
+    "tile_kernels": lambda like: like.dtype in tile_dtypes,
+    "conv_stats": _fake_conv_stats,
+    "conv_stats_backward": _fake_conv_stats_backward,
+    "conv_stats_backward_": _fake_conv_stats_backward_,
+    "conv_act": _fake_conv_act,
+    "second_moments": lambda x, *_: (_channels(x), _vector(x, x.shape[1], x.shape[1])),
+    "expand_bn_act_backward_weight": _fake_expand_weight,
+    "expand_bn_act_backward_input": lambda dz, x, affine, *_: (
+        torch.empty_like(x),
+        _vector(x, 0) if affine is None else _vector(x, 2, x.shape[1]),
+    ),
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"resfuse::{_name}", _fake, lib=_library)
@@ -178,3 +250,17 @@ scale_shift_relu_maxpool = _ops.scale_shift_relu_maxpool.default
 scale_shift_relu_maxpool_backward_reduce = _ops.scale_shift_relu_maxpool_backward_reduce.default
 scale_shift_relu_maxpool_backward_apply = _ops.scale_shift_relu_maxpool_backward_apply.default
 scale_shift_relu_maxpool_backward_apply_ = _ops.scale_shift_relu_maxpool_backward_apply_.default
+tile_kernels = _ops.tile_kernels.default
+# The dtypes for which this machine has tile kernels: convolutions with a prologue and an epilogue.
+tile_dtypes: frozenset[torch.dtype] = frozenset(
+    dtype
+    for dtype in (torch.float32, torch.bfloat16)
+    if missing_native["cpu"] is None and tile_kernels(torch.empty(0, dtype=dtype))
+)
+conv_stats = _ops.conv_stats.default
+conv_stats_backward = _ops.conv_stats_backward.default
+conv_stats_backward_ = _ops.conv_stats_backward_.default
+conv_act = _ops.conv_act.default
+second_moments = _ops.second_moments.default
+expand_bn_act_backward_weight = _ops.expand_bn_act_backward_weight.default
+expand_bn_act_backward_input = _ops.expand_bn_act_backward_input.default

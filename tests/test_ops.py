@@ -12,7 +12,12 @@ from torch.library import opcheck
 from resfuse import ops
 
 SHAPE = (2, 5, 3, 4)
-NAMES = [schema.split("(")[0] for schema in ops.SCHEMAS]
+# those of the convolutions serve channels_last float32 and bfloat16 on some processors: test_tiles has their cases
+TILE_OPS = {
+    "tile_kernels", "conv_stats", "conv_stats_backward", "conv_stats_backward_", "conv_act", "second_moments",
+    "expand_bn_act_backward_weight", "expand_bn_act_backward_input",
+}  # fmt: skip
+NAMES = [name for schema in ops.SCHEMAS if (name := schema.split("(")[0]) not in TILE_OPS]
 
 pytestmark = pytest.mark.skipif(ops.missing_native["cpu"] is not None, reason=str(ops.missing_native["cpu"]))
 
@@ -153,8 +158,9 @@ def is_written(argument):
 
 
 def test_every_schema_has_a_fake_a_handle_and_a_case():
-    assert set(NAMES) == set(ops._FAKES) == {case.op for case in CASES}
-    for name in NAMES:
+    assert set(NAMES) | TILE_OPS == set(ops._FAKES)
+    assert set(NAMES) == {case.op for case in CASES}
+    for name in ops._FAKES:
         assert getattr(ops, name) is getattr(torch.ops.resfuse, name).default
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resfuse::{name}", "CPU")
 

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 
 #include "memory.h"
 #include "simd.h"
@@ -31,11 +32,24 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Pixels that form one row of lanes in channels_last memory.
 inline int64_t pixels_per_row(int64_t channels) { return channels >= kMinLanes ? 1 : ceil_div(kMinLanes, channels); }
 
+// Tasks are handed out one by one, so a thread that is held up does not hold up the others. Which thread runs a task
+// has no influence on results: every task writes its own output.
+inline int64_t workers_for(int64_t tasks, int64_t elements) {
+  const int64_t useful = std::min(tasks, std::max<int64_t>(elements / kGrainElements, 1));
+  return std::min<int64_t>(useful, torch::stable::get_num_threads());
+}
+
 template <class F>
 void parallel_tasks(int64_t tasks, int64_t elements, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, tasks * kGrainElements / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) f(task);
+  const int64_t workers = workers_for(tasks, elements);
+  if (workers <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) f(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t task = next++; task < tasks; task = next++) f(task);
   });
 }
 

@@ -1,0 +1,87 @@
+// second_moments on the CPU by tiles: the mean and covariance of a = act((x - mean)*scale + bias) over all pixels.
+//
+// The product a^T a is that of a weight's gradient, with both operands shifted by a pivot near the mean: an uncentred
+// sum in float would lose (mean/std)^2 digits. Only blocks on and above the diagonal are computed.
+#include "tiles/weight_gradient.h"
+
+namespace resfuse::cpu {
+
+#if RESFUSE_HAS_TILES
+RESFUSE_TILES_BEGIN
+
+constexpr int64_t kPivotPixels = 64;
+
+// The mean of a over pixels spread evenly: near enough to all of them wherever they are alike.
+template <class T>
+void find_pivot(const Activation<T>& source, int64_t pixels, float* pivot) {
+  const int64_t count = std::min(pixels, kPivotPixels);
+  for (int64_t c = 0; c < source.channels; c += kLanes) {
+    Lanes512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t pixel = i * pixels / count;
+      sum = _mm512_add_ps(sum, source.scale == nullptr
+                                   ? widened(source.template get<false>(pixel, c, lane_mask(c, source.channels)))
+                                   : widened(source.template get<true>(pixel, c, lane_mask(c, source.channels))));
+    }
+    store_lanes(pivot + c, round_lanes<T>(_mm512_div_ps(sum, _mm512_set1_ps(static_cast<float>(count)))));
+  }
+}
+
+template <class T>
+void second_moments_tiles(const ConvShape& shape, const Activation<T>& source, float* pivot, float* mean,
+                          float* covariance) {
+  const Plan plan(shape, false, sizeof(T), kWeightPixels, kWeightPatchBytes);
+  const WeightSums sums(plan, 1);
+  const int64_t channels = shape.in_channels, pixels = plan.images * plan.height.out * plan.width.out;
+  float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
+  SlabSums columns(sums.slabs, channels, 1);
+  find_pivot(source, pixels, pivot);
+  const ShiftedActivation<T> shifted{source, pivot};
+  sum_weight_gradient<T>(plan, shifted, shifted, 1, sums, totals, &columns, true);
+
+  std::vector<double> offset(static_cast<size_t>(channels));
+  const auto count = static_cast<double>(pixels);
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t slab = 0; slab < sums.slabs; ++slab) sum += columns.at(slab, 0)[c];
+    offset[static_cast<size_t>(c)] = sum / count;
+    mean[c] = static_cast<float>(pivot[c] + sum / count);
+  }
+  for (int64_t row = 0; row < channels; ++row) {
+    for (int64_t c = row; c < channels; ++c) {
+      const int64_t at = sums.at(0, c / kPanel, row / kWeightChannels) + row % kWeightChannels * kPanel + c % kPanel;
+      double sum = 0;
+      for (int64_t slab = 0; slab < sums.slabs; ++slab) sum += totals[slab * sums.size() + at];
+      const double value = sum / count - offset[static_cast<size_t>(row)] * offset[static_cast<size_t>(c)];
+      covariance[row * channels + c] = covariance[c * channels + row] = static_cast<float>(value);
+    }
+  }
+}
+
+RESFUSE_TILES_END
+#endif
+
+std::tuple<Tensor, Tensor> second_moments(const Tensor& x, const OptionalTensor& affine, const OptionalTensor& mean,
+                                          bool relu) {
+  STD_TORCH_CHECK(tiles_support(x.scalar_type()), "resfuse: this machine has no tile kernels for x's dtype");
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && geometry_of(x).channels_last, "resfuse: x must be channels_last");
+  const auto axis = [&](int64_t i) { return ConvAxis{x.size(i), x.size(i), 1, 1, 0, 1}; };
+  const ConvShape shape{x.size(0), x.size(1), x.size(1), axis(2), axis(3)};
+  PaddedVectors vectors;
+  const Prologue prologue(affine, mean, x, vectors);
+  Tensor means = new_vector(x, 1, shape.in_channels, ScalarType::Float);
+  Tensor covariance = torch::stable::new_empty(x, {shape.in_channels, shape.in_channels}, ScalarType::Float);
+#if RESFUSE_HAS_TILES
+  with_tile_types(x, means, [&](auto tag, auto) {
+    using T = decltype(tag);
+    const Activation<T> source{input_pointer<T>(x), shape.in_channels, prologue.scale, prologue.shift, relu};
+    second_moments_tiles<T>(shape, source, vectors.fresh(shape.in_channels), output_pointer<float>(means),
+                            output_pointer<float>(covariance));
+  });
+#endif
+  return {means, covariance};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) { m.impl("second_moments", TORCH_BOX(&second_moments)); }
+
+}  // namespace resfuse::cpu

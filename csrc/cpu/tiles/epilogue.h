@@ -1,0 +1,251 @@
+// Epilogues: what happens to 32 channels of a tile while they are still in cache.
+//
+//   WithMoments:   y, and the mean and squared deviations of what was stored
+//   InputGradient: dx = da, or through the prologue: dz = da where act was active, dx = dz*scale, and the sums of dz
+//   and
+//                  of dz*(x - mean); a gradient that reaches x by another way is added
+//   Residual:      act(value + shift + r), r absent, residual, or residual*scale_r + shift_r
+// A float sum runs over at most 32 pixels, then goes to double.
+#pragma once
+
+#include "../tile_moments.h"
+#include "product.h"
+
+#if RESFUSE_HAS_TILES
+RESFUSE_TILES_BEGIN
+
+namespace resfuse::cpu {
+
+constexpr int64_t kFloatRows = 32;
+
+// Ask for the lines of one panel of `count` pixels, `step` apart, of an activation that an epilogue will touch.
+template <class T>
+RESFUSE_LANES void prefetch_panel(const T* image, int64_t channels, int64_t pixel, int64_t count, int64_t step,
+                                  int64_t panel) {
+  if (image == nullptr) return;
+  const char* at = reinterpret_cast<const char*>(image + pixel * channels + panel * kPanel);
+  const int64_t stride = step * channels * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < count; ++i, at += stride) {
+    _mm_prefetch(at, _MM_HINT_T0);
+    if constexpr (sizeof(T) == 4) _mm_prefetch(at + kLine, _MM_HINT_T0);
+  }
+}
+
+// Moments of sixteen channels of a tile, from float rows `step` apart, merged into a slab's. `stored` rounds a value as
+// memory does.
+template <class T>
+RESFUSE_LANES void merge_tile_lanes(const float* values, int64_t pixels, double before, double* mean, double* m2) {
+  Lanes512 center = _mm512_setzero_ps();
+  const int64_t sample = (pixels + 7) / 8;
+  for (int64_t i = 0; i < sample; ++i) center = _mm512_add_ps(center, load_lanes(values + i * kPanel));
+  center = _mm512_div_ps(center, _mm512_set1_ps(static_cast<float>(sample)));
+  const LaneMask finite = _mm512_cmp_ps_mask(_mm512_sub_ps(center, center), _mm512_setzero_ps(), _CMP_EQ_OQ);
+  center = _mm512_castsi512_ps(
+      _mm512_maskz_and_epi32(finite, _mm512_castps_si512(center), _mm512_set1_epi32(int(0xfffff000u))));
+  DoubleLanes first, second;
+  for (int64_t begin = 0; begin < pixels; begin += kFloatRows) {
+    Lanes512 s1 = _mm512_setzero_ps(), s2 = s1;
+    for (int64_t i = begin; i < std::min(pixels, begin + kFloatRows); ++i) {
+      const Lanes512 d = _mm512_sub_ps(round_lanes<T>(load_lanes(values + i * kPanel)), center);
+      s1 = _mm512_add_ps(s1, d);
+      s2 = _mm512_fmadd_ps(d, d, s2);
+    }
+    first.add(s1);
+    second.add(s2);
+  }
+  alignas(64) double tile_mean[kLanes], tile_m2[kLanes];
+  first.store(tile_mean);
+  second.store(tile_m2);
+  alignas(64) float centers[kLanes];
+  store_lanes(centers, center);
+  const double count = static_cast<double>(pixels), share = count / (before + count);
+  for (int64_t j = 0; j < kLanes; ++j) {
+    const double offset = tile_mean[j] / count;
+    tile_m2[j] -= tile_mean[j] * offset;
+    merge_moments<double>(mean + j, m2 + j, before, share, centers[j] + offset, tile_m2[j]);
+  }
+}
+
+template <class T>
+RESFUSE_LANES void store_panel(const float* values, int64_t pixels, int64_t channel, int64_t channels, T* to) {
+  if (channel + kPanel <= channels) {
+    for (int64_t i = 0; i < pixels; ++i, to += channels, values += kPanel) {
+      store_lanes(to + channel, load_lanes(values));
+      store_lanes(to + channel + kLanes, load_lanes(values + kLanes));
+    }
+    return;
+  }
+  const LaneMask low = lane_mask(channel, channels), high = lane_mask(channel + kLanes, channels);
+  for (int64_t i = 0; i < pixels; ++i, to += channels, values += kPanel) {
+    store_lanes(to + channel, load_lanes(values), low);
+    if (high != 0) store_lanes(to + channel + kLanes, load_lanes(values + kLanes), high);
+  }
+}
+
+template <class T>
+struct WithMoments {
+  T* y;
+  int64_t channels;
+  SlabSums* sums;             // mean and m2; null: none
+  const int64_t* slab_begin;  // first output pixel of each slab
+
+  void prefetch(int64_t pixel, int64_t count, int64_t step, int64_t panel) const {
+    prefetch_panel(y, channels, pixel, count, step, panel);
+  }
+
+  void operator()(int64_t slab, int64_t pixel, int64_t pixels, int64_t panel, const float* values) const {
+    const int64_t channel = panel * kPanel;
+    store_panel(values, pixels, channel, channels, y + pixel * channels);
+    if (sums == nullptr) return;
+    const double before = static_cast<double>(pixel - slab_begin[slab]);
+    for (int64_t half = 0; half < kPanel && channel + half < channels; half += kLanes)
+      merge_tile_lanes<T>(values + half, pixels, before, sums->at(slab, 0) + channel + half,
+                          sums->at(slab, 1) + channel + half);
+  }
+};
+
+// Merge slabs that begin at the given pixels into mean and biased variance.
+inline void merge_slab_moments(SlabSums& sums, const int64_t* slab_begin, int64_t channels, float* mean, float* var) {
+  double *total_mean = sums.at(0, 0), *total_m2 = sums.at(0, 1);
+  ChannelMoments total{static_cast<double>(slab_begin[1] - slab_begin[0]), total_mean, total_m2};
+  for (int64_t slab = 1; slab < sums.slabs(); ++slab)
+    merge_channels(total, channels, static_cast<double>(slab_begin[slab + 1] - slab_begin[slab]), sums.at(slab, 0),
+                   sums.at(slab, 1));
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = static_cast<float>(total_mean[c]);
+    var[c] = static_cast<float>(total_m2[c] / total.count);
+  }
+}
+
+template <class T>
+struct InputGradient {
+  T* grad_x;
+  int64_t channels;
+  const T* other;    // a gradient to add, or null
+  const float* row;  // padded: a constant added to every pixel's da, or null
+  const T* x;        // with a prologue, else null; its vectors are padded
+  const float* scale;
+  const float* shift;
+  const float* mean;
+  bool relu;
+  SlabSums* sums;  // sum dz, sum dz*(x - mean)
+
+  void prefetch(int64_t pixel, int64_t count, int64_t step, int64_t panel) const {
+    prefetch_panel(grad_x, channels, pixel, count, step, panel);
+    prefetch_panel(other, channels, pixel, count, step, panel);
+    prefetch_panel(x, channels, pixel, count, step, panel);
+  }
+
+  void operator()(int64_t slab, int64_t pixel, int64_t pixels, int64_t panel, const float* values) const {
+    for (int64_t half = 0; half < kPanel; half += kLanes) {
+      const int64_t channel = panel * kPanel + half;
+      if (channel >= channels) return;
+      with_mask(lane_mask(channel, channels), [&](auto mask) RESFUSE_INLINE_LAMBDA {
+        if (x != nullptr) {
+          through_prologue(slab, pixel, pixels, channel, mask, values + half);
+        } else {
+          plain(pixel, pixels, channel, mask, values + half);
+        }
+      });
+    }
+  }
+
+ private:
+  template <class M>
+  RESFUSE_LANES void finish(Lanes512 value, int64_t at, M mask) const {
+    if (other != nullptr) value = _mm512_add_ps(value, load_lanes(other + at, mask));
+    store_lanes(grad_x + at, value, mask);
+  }
+
+  template <class M>
+  RESFUSE_LANES void plain(int64_t pixel, int64_t pixels, int64_t channel, M mask, const float* values) const {
+    const Lanes512 constant = row == nullptr ? _mm512_setzero_ps() : load_lanes(row + channel);
+    for (int64_t i = 0; i < pixels; ++i, values += kPanel) {
+      const int64_t at = (pixel + i) * channels + channel;
+      finish(_mm512_add_ps(load_lanes(values), constant), at, mask);
+    }
+  }
+
+  template <class M>
+  RESFUSE_LANES void through_prologue(int64_t slab, int64_t pixel, int64_t pixels, int64_t channel, M mask,
+                                      const float* values) const {
+    const Lanes512 constant = row == nullptr ? _mm512_setzero_ps() : load_lanes(row + channel);
+    const Lanes512 a = load_lanes(scale + channel), b = load_lanes(shift + channel), m = load_lanes(mean + channel);
+    DoubleLanes first, second;
+    for (int64_t begin = 0; begin < pixels; begin += kFloatRows) {
+      Lanes512 s1 = _mm512_setzero_ps(), s2 = s1;
+      for (int64_t i = begin; i < std::min(pixels, begin + kFloatRows); ++i) {
+        const int64_t at = (pixel + i) * channels + channel;
+        const Lanes512 value = load_lanes(x + at, mask);
+        Lanes512 dz = _mm512_add_ps(load_lanes(values + i * kPanel), constant);
+        if (relu) dz = relu_gradient_lanes(dz, _mm512_add_ps(_mm512_mul_ps(value, a), b));
+        finish(_mm512_mul_ps(dz, a), at, mask);
+        s1 = _mm512_add_ps(s1, dz);
+        s2 = _mm512_fmadd_ps(dz, _mm512_sub_ps(value, m), s2);
+      }
+      first.add(s1);
+      second.add(s2);
+    }
+    alignas(64) double tile[2][kLanes];
+    first.store(tile[0]);
+    second.store(tile[1]);
+    for (int kind = 0; kind < 2; ++kind)
+      for (int64_t j = 0; j < kLanes; ++j) sums->at(slab, kind)[channel + j] += tile[kind][j];
+  }
+};
+
+// out = act(value + shift + r)
+template <class T>
+struct ResidualAct {
+  T* out;
+  int64_t channels;
+  const float* shift;           // padded, as the residual's vectors
+  const T* residual;            // or null
+  const float* residual_scale;  // null: the residual as it is
+  const float* residual_shift;
+  bool relu;
+
+  void prefetch(int64_t pixel, int64_t count, int64_t step, int64_t panel) const {
+    prefetch_panel(out, channels, pixel, count, step, panel);
+    prefetch_panel(residual, channels, pixel, count, step, panel);
+  }
+
+  void operator()(int64_t, int64_t pixel, int64_t pixels, int64_t panel, const float* values) const {
+    for (int64_t half = 0; half < kPanel; half += kLanes) {
+      const int64_t channel = panel * kPanel + half;
+      if (channel >= channels) return;
+      with_mask(lane_mask(channel, channels), [&](auto mask) RESFUSE_INLINE_LAMBDA {
+        if (residual == nullptr) {
+          write<false, false>(pixel, pixels, channel, mask, values + half);
+        } else if (residual_scale == nullptr) {
+          write<true, false>(pixel, pixels, channel, mask, values + half);
+        } else {
+          write<true, true>(pixel, pixels, channel, mask, values + half);
+        }
+      });
+    }
+  }
+
+ private:
+  template <bool kResidual, bool kRaw, class M>
+  RESFUSE_LANES void write(int64_t pixel, int64_t pixels, int64_t channel, M mask, const float* values) const {
+    const Lanes512 constant = load_lanes(shift + channel);
+    for (int64_t i = 0; i < pixels; ++i, values += kPanel) {
+      const int64_t at = (pixel + i) * channels + channel;
+      Lanes512 z = _mm512_add_ps(load_lanes(values), constant);
+      if constexpr (kResidual) {
+        Lanes512 r = load_lanes(residual + at, mask);
+        if constexpr (kRaw)
+          r = _mm512_add_ps(_mm512_mul_ps(r, load_lanes(residual_scale + channel)),
+                            load_lanes(residual_shift + channel));
+        z = _mm512_add_ps(z, r);
+      }
+      store_lanes(out + at, relu ? relu_lanes(z) : z, mask);
+    }
+  }
+};
+
+}  // namespace resfuse::cpu
+
+RESFUSE_TILES_END
+#endif

@@ -1,0 +1,35 @@
+// The instructions that tile kernels are written for: AVX-512, and AVX512_BF16 for bfloat16.
+//
+// Tile kernels multiply small matrices that lie in cache. They are compiled for one instruction set, chosen here, and
+// run only where `tiles_support` says so; elsewhere convolutions stay torch's and only the passes around them are ours.
+// Everything between RESFUSE_TILES_BEGIN and RESFUSE_TILES_END is compiled for it; headers of others stay outside.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define RESFUSE_HAS_TILES 1
+// GCC's own intrinsics pass undefined vectors on purpose, and GCC 12 warns about them.
+#define RESFUSE_TILES_BEGIN                                                                                \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"arch=x86-64-v4,avx512bf16,prefer-vector-width=512\")") \
+      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+#define RESFUSE_TILES_END _Pragma("GCC pop_options")
+#else
+#define RESFUSE_HAS_TILES 0
+#endif
+
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace resfuse::cpu {
+
+// Whether this machine can run tile kernels on activations of `dtype`.
+inline bool tiles_support(torch::headeronly::ScalarType dtype) {
+#if RESFUSE_HAS_TILES
+  static const bool avx512 = __builtin_cpu_supports("x86-64-v4");
+  static const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (dtype == torch::headeronly::ScalarType::Float) return avx512;
+  if (dtype == torch::headeronly::ScalarType::BFloat16) return bfloat16;
+#endif
+  (void)dtype;
+  return false;
+}
+
+}  // namespace resfuse::cpu

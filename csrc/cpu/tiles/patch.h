@@ -1,0 +1,220 @@
+// Sources: what a tile reads, computed while it is loaded. Nothing computed here is ever stored as a tensor.
+//
+//   Activation:        act(x*scale + shift), or x as it is
+//   OutputGradient:    dY = dz*scale + grad_mean/M + 2*grad_var/M * (y - mean): the gradient of a convolution's output,
+//                      through what normalised it and through its moments
+//   MaskedGradient:    dz, by the sign of a kept output
+//   ShiftedActivation: act(...) - pivot
+// Channels beyond C, up to a multiple of sixteen, are zero.
+#pragma once
+
+#include "pack.h"
+#include "plan.h"
+#include "prefetch.h"
+
+#if RESFUSE_HAS_TILES
+RESFUSE_TILES_BEGIN
+
+namespace resfuse::cpu {
+
+// Units between the pixels of a patch: an odd number of cache lines, so that pixels do not compete for the same sets.
+template <class T>
+int64_t pixel_units(int64_t channels) {
+  const int64_t bytes = round_up(channels, kLanes) * static_cast<int64_t>(sizeof(T));
+  return (ceil_div(bytes, 64) | 1) * 16;
+}
+
+// A vector padded with zeros to whole panels; null stays null.
+inline const float* padded_vector(const float* from, int64_t channels, float* to) {
+  if (from == nullptr) return nullptr;
+  std::copy_n(from, channels, to);
+  std::fill(to + channels, to + round_up(channels, kPanel), 0.0f);
+  return to;
+}
+
+// Sixteen values as they lie in a patch.
+RESFUSE_LANES Lanes512 rounded(Lanes512 value, float) { return value; }
+RESFUSE_LANES __m256i rounded(Lanes512 value, BFloat16) { return round_to_bfloat16(value); }
+RESFUSE_LANES Lanes512 raw(const float* from, LaneMask mask) { return load_lanes(from, mask); }
+RESFUSE_LANES __m256i raw(const BFloat16* from, LaneMask mask) {
+  return mask == kAllLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                           : _mm256_maskz_loadu_epi16(mask, from);
+}
+RESFUSE_LANES Lanes512 widened(Lanes512 value) { return value; }
+RESFUSE_LANES Lanes512 widened(__m256i value) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(value), 16));
+}
+RESFUSE_LANES void store_rounded(float* to, Lanes512 value) { _mm512_storeu_ps(to, value); }
+RESFUSE_LANES void store_rounded(BFloat16* to, __m256i value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
+}
+
+// A source gives sixteen channels of a pixel, those outside the mask zero. kComputed: through the prologue, else as
+// stored.
+template <class T>
+struct Activation {
+  const T* x;
+  int64_t channels;    // of x
+  const float* scale;  // padded; null: x as it is
+  const float* shift;
+  bool relu;
+
+  void prefetch(int64_t pixel, int64_t pixels, Prefetcher& to) const {
+    to.add(x + pixel * channels, pixels * channels * static_cast<int64_t>(sizeof(T)));
+  }
+  bool computed() const { return scale != nullptr; }
+
+  template <bool kComputed>
+  RESFUSE_LANES auto get(int64_t pixel, int64_t c, LaneMask mask) const {
+    const T* from = x + pixel * channels + c;
+    if constexpr (!kComputed) {
+      return raw(from, mask);
+    } else {
+      const Lanes512 scaled = _mm512_mul_ps(load_lanes(from, mask), load_lanes(scale + c));
+      const Lanes512 z = _mm512_add_ps(scaled, load_lanes(shift + c));
+      return rounded(relu ? relu_lanes(z) : z, T{});
+    }
+  }
+};
+
+template <class T>
+struct OutputGradient {
+  const T* grad;
+  const T* y;  // null: grad is dY
+  int64_t channels;
+  const float* scale;  // padded, as all; grad*scale
+  const float* shift;  // null: no mask; else grad counts where y*scale + shift > 0
+  const float* mean;
+  const float* constant;
+  const float* slope;
+
+  void prefetch(int64_t pixel, int64_t pixels, Prefetcher& to) const {
+    const int64_t bytes = pixels * channels * static_cast<int64_t>(sizeof(T));
+    to.add(grad + pixel * channels, bytes);
+    if (y != nullptr) to.add(y + pixel * channels, bytes);
+  }
+  bool computed() const { return y != nullptr; }
+
+  template <bool kComputed>
+  RESFUSE_LANES auto get(int64_t pixel, int64_t c, LaneMask mask) const {
+    const int64_t at = pixel * channels + c;
+    if constexpr (!kComputed) {
+      return raw(grad + at, mask);
+    } else {
+      const Lanes512 value = load_lanes(y + at, mask), a = load_lanes(scale + c);
+      Lanes512 dz = load_lanes(grad + at, mask);
+      if (shift != nullptr) dz = relu_gradient_lanes(dz, _mm512_add_ps(_mm512_mul_ps(value, a), load_lanes(shift + c)));
+      const Lanes512 deviation = _mm512_sub_ps(value, load_lanes(mean + c));
+      const Lanes512 through = _mm512_fmadd_ps(load_lanes(slope + c), deviation, load_lanes(constant + c));
+      const Lanes512 result = _mm512_fmadd_ps(dz, a, through);
+      return rounded(mask == kAllLanes ? result : _mm512_maskz_mov_ps(mask, result), T{});
+    }
+  }
+};
+
+// dz = grad where the kept output is active. Every value is asked for once, and written to `dz`.
+template <class T>
+struct MaskedGradient {
+  const T* grad;
+  const T* out;  // null: every value is active
+  T* dz;
+  int64_t channels;
+
+  void prefetch(int64_t pixel, int64_t pixels, Prefetcher& to) const {
+    const int64_t bytes = pixels * channels * static_cast<int64_t>(sizeof(T));
+    to.add(grad + pixel * channels, bytes);
+    if (out != nullptr) to.add(out + pixel * channels, bytes);
+  }
+  bool computed() const { return true; }
+
+  template <bool kComputed>
+  RESFUSE_LANES auto get(int64_t pixel, int64_t c, LaneMask mask) const {
+    const int64_t at = pixel * channels + c;
+    Lanes512 value = load_lanes(grad + at, mask);
+    if (out != nullptr) value = relu_gradient_lanes(value, load_lanes(out + at, mask));
+    store_lanes(dz + at, value, mask);
+    return rounded(value, T{});
+  }
+};
+
+// act(...) - pivot: a shifted input, for second moments that do not cancel. Lanes beyond C are zero.
+template <class T>
+struct ShiftedActivation {
+  Activation<T> activation;
+  const float* pivot;  // padded
+
+  void prefetch(int64_t pixel, int64_t pixels, Prefetcher& to) const { activation.prefetch(pixel, pixels, to); }
+  bool computed() const { return true; }
+
+  template <bool kComputed>
+  RESFUSE_LANES auto get(int64_t pixel, int64_t c, LaneMask mask) const {
+    const Lanes512 value = activation.scale == nullptr ? widened(activation.template get<false>(pixel, c, mask))
+                                                       : widened(activation.template get<true>(pixel, c, mask));
+    return rounded(_mm512_maskz_sub_ps(mask, value, load_lanes(pivot + c)), T{});
+  }
+};
+
+// `count` pixels from `pixel` on, `step` apart, of channels [begin, end), to `to_step` values apart.
+template <bool kComputed, class T, class S>
+void fill_pixels(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end, T* to,
+                 int64_t to_step) {
+  const int64_t whole = begin + (end - begin) / kLanes * kLanes;
+  for (int64_t i = 0; i < count; ++i, pixel += step, to += to_step) {
+    for (int64_t c = begin; c < whole; c += kLanes)
+      store_rounded(to + c - begin, source.template get<kComputed>(pixel, c, kAllLanes));
+    if (whole < end)
+      store_rounded(to + whole - begin, source.template get<kComputed>(pixel, whole, lane_mask(whole, end)));
+  }
+}
+
+template <class T, class S>
+void fill_row(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end, T* to,
+              int64_t to_step) {
+  if (source.computed()) return fill_pixels<true>(source, pixel, step, count, begin, end, to, to_step);
+  fill_pixels<false>(source, pixel, step, count, begin, end, to, to_step);
+}
+
+// Rows of a patch: patch pixel (r, c) at to + (r * columns + c) * step values; what lies outside the input is zero.
+template <class T, class S>
+void fill_patch(const Plan& plan, const Tile& tile, const S& source, int64_t begin, int64_t end, T* to, int64_t step) {
+  const AxisPlan &h = plan.height, &w = plan.width;
+  const int64_t rows = h.patch(tile.rows), columns = w.patch(tile.columns);
+  const int64_t first_row = tile.row * h.base_step + h.origin, first = tile.column * w.base_step + w.origin;
+  const int64_t left = std::clamp<int64_t>(-first, 0, columns);
+  const int64_t inside =
+      std::clamp<int64_t>(ceil_div(w.in, w.in_step) - std::max<int64_t>(first, 0), 0, columns - left);
+  for (int64_t r = 0; r < rows; ++r, to += columns * step) {
+    const int64_t row = (first_row + r) * h.in_step;
+    if (row < 0 || row >= h.in) {
+      std::memset(static_cast<void*>(to), 0, static_cast<size_t>(columns * step) * sizeof(T));
+      continue;
+    }
+    const auto clear = [&](int64_t from, int64_t count) {
+      if (count > 0)
+        std::memset(static_cast<void*>(to + from * step), 0, static_cast<size_t>(count * step) * sizeof(T));
+    };
+    clear(0, left);
+    const int64_t pixel = (tile.image * h.in + row) * w.in + (first + left) * w.in_step;
+    fill_row(source, pixel, w.in_step, inside, begin, end, to + left * step, step);
+    clear(left + inside, columns - left - inside);
+  }
+}
+
+// The input pixels that a tile reads, which lie together in memory.
+template <class S>
+void prefetch_tile(const Plan& plan, const Tile& tile, const S& source, Prefetcher& to) {
+  const AxisPlan &h = plan.height, &w = plan.width;
+  const int64_t begin = (tile.row * h.base_step + h.origin) * h.in_step;
+  const int64_t first = std::max<int64_t>(begin, 0);
+  const int64_t last = std::min(begin + h.patch(tile.rows) * h.in_step, h.in);
+  if (h.base == 1 && plan.images == 1) {  // one long row
+    source.prefetch(tile.column * w.in_step, tile.columns * w.in_step, to);
+  } else if (first < last) {
+    source.prefetch((tile.image * h.in + first) * w.in, (last - first) * w.in, to);
+  }
+}
+
+}  // namespace resfuse::cpu
+
+RESFUSE_TILES_END
+#endif

@@ -1,0 +1,165 @@
+// The driver of a convolution by tiles: fill a patch, multiply it with every panel, hand each panel to an epilogue.
+//
+// Tiles are grouped into slabs by shape alone. A slab is computed by one thread in order and has its own sums, which
+// are merged in order: results do not depend on the number of threads. Where an activation has few tiles, panels are
+// shared out too.
+#pragma once
+
+#include "operands.h"
+#include "patch.h"
+
+#if RESFUSE_HAS_TILES
+RESFUSE_TILES_BEGIN
+
+namespace resfuse::cpu {
+
+constexpr int64_t kTilePixels = 112;        // a panel of a tile, 28 KiB in float, is read again by its epilogue
+constexpr int64_t kPatchBytes = 512 << 10;  // a patch is read again by every panel: it stays in L2
+constexpr int64_t kMinTasks = 8;
+
+// The taps of each phase as offsets into a patch, and where each phase's units begin in a panel.
+struct PhaseTaps {
+  int64_t row, column;  // phase
+  int64_t panel_begin;  // units
+  std::vector<Tap> taps;
+  std::vector<int64_t> kernel;  // index of each tap's kernel element
+};
+
+struct Taps {
+  std::vector<PhaseTaps> phases;
+  int64_t units = 0;  // of one panel lane
+
+  Taps(const Plan& plan, int64_t kernel_width, int64_t depth_units, int64_t pixel_step) {
+    const int64_t columns = plan.width.patch(plan.columns);
+    for (const AxisPhase& h : plan.height.phases) {
+      for (const AxisPhase& w : plan.width.phases) {
+        PhaseTaps phase{h.phase, w.phase, units * kPanel, {}, {}};
+        for (const AxisTap& row : h.taps) {
+          for (const AxisTap& column : w.taps) {
+            phase.taps.push_back({(row.offset * columns + column.offset) * pixel_step, depth_units, pixel_step,
+                                  plan.width.base_step * pixel_step});
+            phase.kernel.push_back(row.kernel * kernel_width + column.kernel);
+            units += depth_units;
+          }
+        }
+        phases.push_back(std::move(phase));
+      }
+    }
+  }
+};
+
+// Every panel of a weight for one plan. Forward, lanes are output channels; backward, input channels.
+template <class T, class W>
+unit_t<T>* pack_weight(const Plan& plan, const Taps& taps, const W* weight, const WeightLayout& layout,
+                       int64_t kernel_width, bool backward, const float* lane_scale = nullptr) {
+  const int64_t panels = ceil_div(plan.out_channels, kPanel);
+  unit_t<T>* packed = workspace<unit_t<T>>(Slot::kWeights, panels * taps.units * kPanel);
+  const int64_t lane_step = layout.strides[backward ? 1 : 0], k_step = layout.strides[backward ? 0 : 1];
+  parallel_tasks(panels, plan.out_channels * plan.in_channels * 4, [&](int64_t panel) {
+    unit_t<T>* to = packed + panel * taps.units * kPanel;
+    for (const PhaseTaps& phase : taps.phases) {
+      for (size_t i = 0; i < phase.taps.size(); ++i, to += phase.taps[0].steps * kPanel) {
+        const W* data = weight + layout.at(phase.kernel[i], kernel_width);
+        pack_panel<T>(WeightView<W>{data, plan.out_channels, plan.in_channels, lane_step, k_step, lane_scale}, panel,
+                      to);
+      }
+    }
+  });
+  return packed;
+}
+
+// How tiles and panels are shared out.
+struct Slabs512 {
+  int64_t tiles, slabs, blocks, panels;
+
+  Slabs512(int64_t tile_count, int64_t panel_count) : tiles(tile_count), panels(panel_count) {
+    slabs = std::min(tiles, kMaxSlabs);
+    blocks = std::clamp<int64_t>(kMinTasks / std::max<int64_t>(slabs, 1), 1, panels);
+  }
+  int64_t first_tile(int64_t slab) const { return slab * tiles / slabs; }
+  int64_t first_panel(int64_t block) const { return block * panels / blocks; }
+};
+
+// The sums of every slab, per padded output channel.
+class SlabSums {
+ public:
+  SlabSums(int64_t slabs, int64_t channels, int64_t kinds)
+      : slabs_(slabs), channels_(round_up(channels, kPanel)), kinds_(kinds) {
+    data_.resize(static_cast<size_t>(slabs_ * channels_ * kinds_), 0.0);
+  }
+  int64_t slabs() const { return slabs_; }
+  double* at(int64_t slab, int64_t kind) { return data_.data() + (slab * kinds_ + kind) * channels_; }
+
+  // the sum of all slabs, in order
+  void merge(int64_t kind, int64_t channels, float* to) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double total = 0;
+      for (int64_t slab = 0; slab < slabs_; ++slab) total += at(slab, kind)[c];
+      to[c] = static_cast<float>(total);
+    }
+  }
+
+ private:
+  int64_t slabs_, channels_, kinds_;
+  std::vector<double> data_;
+};
+
+// fill(tile, patch) loads a tile; epilogue(slab, tile's first output pixel, pixels, panel, values) takes 32 channels of
+// it: values[pixel * 32 + lane], pixels in memory order.
+// ahead(tile, prefetcher) names the memory that fill will read.
+template <class T, class F, class A, class E>
+void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int64_t patch_units, const Slabs512& slabs,
+               const F& fill, const A& ahead, const E& epilogue) {
+  const AxisPlan &h = plan.height, &w = plan.width;
+  const int64_t max_pixels = plan.rows * h.out_step * plan.columns * w.out_step;
+  const int64_t work = plan.images * h.out * w.out * plan.out_channels * 16;
+  const int64_t workers = workers_for(slabs.slabs * slabs.blocks, work);
+  parallel_tasks(slabs.slabs * slabs.blocks, work, [&](int64_t task) {
+    const int64_t slab = task / slabs.blocks, block = task % slabs.blocks;
+    using U = unit_t<T>;
+    char* memory = static_cast<char*>(
+        workspace_bytes(Slot::kTile, Carver::bytes_of<U>(patch_units) + Carver::bytes_of<float>(max_pixels * kPanel)));
+    Carver carver(memory);
+    U* patch = carver.take<U>(patch_units);
+    float* values = carver.take<float>(max_pixels * kPanel);
+    for (int64_t index = slabs.first_tile(slab); index < slabs.first_tile(slab + 1); ++index) {
+      const Tile tile = plan.tile(index);
+      fill(tile, patch);
+      const int64_t row = tile.row * h.out_step, rows = std::min(tile.rows * h.out_step, h.out - row);
+      const int64_t column = tile.column * w.out_step, columns = std::min(tile.columns * w.out_step, w.out - column);
+      const int64_t patch_row = w.patch(tile.columns) * h.base_step;  // patch pixels between rows of base pixels
+      const int64_t pixel = (tile.image * h.out + row) * w.out + column;
+      Prefetcher next;
+      // after a slab's last tile, this thread will likely take the task that is one round of workers away
+      const int64_t later = (task + workers) / slabs.blocks;
+      const bool last = index + 1 == slabs.first_tile(slab + 1);
+      if (!last || later < slabs.slabs) ahead(plan.tile(last ? slabs.first_tile(later) : index + 1), next);
+      next.spread((slabs.first_panel(block + 1) - slabs.first_panel(block)) * rows * ceil_div(columns, kMaxPixels));
+      for (int64_t panel = slabs.first_panel(block); panel < slabs.first_panel(block + 1); ++panel) {
+        const U* b = packed + panel * taps.units * kPanel;
+        for (const PhaseTaps& phase : taps.phases) {
+          for (int64_t r = phase.row, base = 0; r < rows; r += h.out_step, ++base) {
+            float* to = values + (r * columns + phase.column) * kPanel;
+            const int64_t count = ceil_div(columns - phase.column, w.out_step), step = w.out_step * kPanel;
+            if (phase.taps.empty()) {
+              for (int64_t i = 0; i < count; ++i) std::fill_n(to + i * step, kPanel, 0.0f);
+              continue;
+            }
+            const int64_t row_pixel = pixel + r * w.out + phase.column;
+            multiply<U>(patch, base * patch_row, count, phase.taps, b + phase.panel_begin, to, step,
+                        [&](int64_t i, int64_t n) RESFUSE_INLINE_LAMBDA {
+                          next.step();
+                          epilogue.prefetch(row_pixel + i * w.out_step, n, w.out_step, panel);
+                        });
+          }
+        }
+        epilogue(slab, pixel, rows * columns, panel, values);
+      }
+    }
+  });
+}
+
+}  // namespace resfuse::cpu
+
+RESFUSE_TILES_END
+#endif
