@@ -19,6 +19,10 @@ _NATIVE_UNITS = {
 }
 
 
+# Where train-time folding wins, by measurement: see `folds`.
+_FOLD_CHANNELS = 256
+
+
 class Status(NamedTuple):
     """Whether a backend can be used on a kind of device, and why not."""
 
@@ -86,3 +90,33 @@ def choose(unit: str, device: str, dtype: torch.dtype, requested: str | None = N
     if reason is not None:
         raise RuntimeError(f"backend={requested!r} does not serve {unit} on {device}: {reason}")
     return requested
+
+
+def why_not_raw(device: str, dtype: torch.dtype) -> str | None:
+    """Why activations cannot travel raw, to be normalised by the convolution that reads them; None where they can."""
+    if device != "cpu":
+        return f"there are no convolution kernels for {device}"
+    if ops.missing_native["cpu"] is not None:
+        return ops.missing_native["cpu"]
+    if dtype not in ops.tile_dtypes:
+        return f"this processor has no convolution kernels for {dtype}"
+    return None
+
+
+def folds(in_channels: int, out_channels: int, pixels: int, requested: bool | None = None) -> bool:
+    """Whether an expanding 1x1 convolution is folded with its batch normalisation in training.
+
+    Folding trades one write and three reads of the output for C*C*M multiply-adds twice and algebra on K-by-C matrices,
+    so it pays where the map is large beside the channels, and it keeps no second activation of the output's size.
+
+    Args:
+        in_channels, out_channels (int): C and K.
+        pixels (int): M = N*H*W.
+        requested (bool | None): the caller's choice; None takes the measured rule.
+
+    Returns:
+        bool: fold, or keep the convolution's output and normalise it in the pass that adds the residual.
+    """
+    if requested is not None:
+        return requested
+    return out_channels > in_channels and in_channels <= _FOLD_CHANNELS and pixels >= 4 * in_channels

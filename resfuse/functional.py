@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resfuse import _checks, autograd, reference
+from resfuse import _checks, autograd, raw_chain, reference
 from resfuse._calls import as_dense, autocasts, bump_versions, convolve, serving_backend
 from resfuse.autograd import (
     AddReLUFunction,
@@ -262,10 +262,14 @@ def _residual_chain(
     shortcut: Shortcut,
     activation: str,
     backend: str | None,
+    folding: bool | None,
 ) -> Tensor:
     _checks.check_activation_name(activation)
     _checks.check_chain(x, layers, shortcut, cast=isinstance(x, Tensor) and autocasts(x.device.type))
     choose("bn_act", x.device.type, x.dtype, backend)  # a missing backend raises before a running statistic changes
+    convs = [conv for conv, _ in layers] + ([shortcut[0]] if isinstance(shortcut, tuple) else [])
+    if raw_chain.why_not(x, convs, backend) is None:
+        return raw_chain.residual_chain(x, layers, shortcut, activation, folding)
     residual_bn = None
     residual = x if shortcut is None else shortcut
     y = x
@@ -308,6 +312,8 @@ def conv_bn_act(
     cast = autocasts(x.device.type)
     shape = _checks.check_conv(conv, x.shape, x, cast=cast, prefix="conv.")
     _checks.check_norms(x, shape, bn, residual, residual_bn, cast=cast)
+    if residual_bn is None and raw_chain.why_not(x, [conv], backend) is None:
+        return raw_chain.conv_bn_act(x, (conv, bn), residual, activation)
     return _bn_act(convolve(x, conv), bn, residual, residual_bn, activation, backend, owned=residual_bn is None)
 
 
@@ -321,6 +327,7 @@ def basic_block(
     activation: str = "relu",
     *,
     backend: str | None = None,
+    folding: bool | None = None,
 ) -> Tensor:
     """The two-layer residual unit: out = act(BN2(conv2(act(BN1(conv1(x))))) + shortcut).
 
@@ -332,6 +339,8 @@ def basic_block(
             tensor of the output's shape, or BN(conv(x)), a projection, normalised in the pass that adds it.
         activation (str): "relu" or "identity", after each normalisation and after the sum.
         backend (str | None): see the module's description.
+        folding (bool | None): fold the last batch normalisation into its convolution during training, where that is
+            1x1 with stride 1; None decides by :func:`resfuse.backends.folds`.
 
     Returns:
         Tensor: (N, K, H', W') in the convolutions' dtype.
@@ -341,7 +350,7 @@ def basic_block(
 
     Source: He et al. 2015, arXiv:1512.03385, figure 5 left.
     """
-    return _residual_chain(x, [(conv1, bn1), (conv2, bn2)], shortcut, activation, backend)
+    return _residual_chain(x, [(conv1, bn1), (conv2, bn2)], shortcut, activation, backend, folding)
 
 
 def bottleneck(
@@ -356,11 +365,12 @@ def bottleneck(
     activation: str = "relu",
     *,
     backend: str | None = None,
+    folding: bool | None = None,
 ) -> Tensor:
     """The three-layer residual unit: out = act(BN3(conv3(act(BN2(conv2(act(BN1(conv1(x))))))) + shortcut).
 
     Args:
-        x, shortcut, activation, backend: as in :func:`basic_block`.
+        x, shortcut, activation, backend, folding: as in :func:`basic_block`.
         conv1, conv2, conv3 (Conv2dParameters), bn1, bn2, bn3 (BatchNorm2dParameters): the three layers; the stride may
             be on the 3x3 convolution (torchvision's "v1.5") or on the first 1x1 (the paper's).
 
@@ -372,4 +382,4 @@ def bottleneck(
 
     Source: He et al. 2015, arXiv:1512.03385, figure 5 right.
     """
-    return _residual_chain(x, [(conv1, bn1), (conv2, bn2), (conv3, bn3)], shortcut, activation, backend)
+    return _residual_chain(x, [(conv1, bn1), (conv2, bn2), (conv3, bn3)], shortcut, activation, backend, folding)

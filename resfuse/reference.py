@@ -182,6 +182,44 @@ def expand_bn_act(
     return activate(z, activation).to(a.dtype), mean, var
 
 
+def normalized(x: Tensor, affine: Tensor | None, mean: Tensor | None, activation: str = "relu") -> Tensor:
+    """act((x - mean)*scale + bias): what the reader of a raw activation computes. affine is (2, C): bias, scale."""
+    if affine is None or mean is None:
+        return x
+    z = (_accumulate(x) - _per_channel(mean)) * _per_channel(affine[1]) + _per_channel(affine[0])
+    return activate(z, activation).to(x.dtype)
+
+
+def conv_norm(
+    x: Tensor,
+    affine: Tensor | None,
+    mean: Tensor | None,
+    conv: Conv2dParameters,
+    bn: BatchNorm2dParameters,
+    activation: str = "relu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = conv(act((x - mean)*scale + bias)), and what normalises y: (y - y_mean)*scale + bias is BN(y).
+
+    y_mean is a constant beside which bias and scale are differentiable: a change of y's mean moves the bias. So the
+    gradient of scale is that of the deviation, sum dz*(y - y_mean), which does not cancel where |mean| >> std.
+
+    Returns:
+        y, its affine (2, K): bias and scale, and y_mean (K,).
+    """
+    y = _conv(normalized(x, affine, mean, activation), conv)
+    if bn.training:
+        y_mean, var = moments(y)
+    else:
+        assert bn.running_mean is not None and bn.running_var is not None
+        dtype = _accumulate(x[:0]).dtype
+        y_mean, var = bn.running_mean.to(dtype, copy=True), bn.running_var.to(dtype, copy=True)
+    scale, _ = finalize(y_mean, var, bn.weight, None, bn.eps)
+    bias = -(y_mean - y_mean.detach()) * scale
+    if bn.bias is not None:
+        bias = bias + bn.bias.to(bias.dtype)
+    return y, torch.stack([bias, scale]), y_mean.detach()
+
+
 def conv_bias_act(
     x: Tensor, conv: Conv2dParameters, residual: Tensor | None = None, activation: str = "relu"
 ) -> Tensor:

@@ -1,0 +1,292 @@
+"""The derivatives of the units that hold a convolution: conv_norm, and conv_norm_act, which closes a residual block.
+
+Between units an activation travels raw, as the convolution wrote it, with what normalises it: see
+:class:`resfuse.raw.Raw`. The next reader normalises while it loads, so nothing normalised is stored, in either
+direction.
+
+Formulas: the derivatives of conv_stats and finalize, and of train-time folding, where the batch statistics of a 1x1
+convolution follow from the mean and covariance of its input and batch normalisation folds into the weight before the
+only product is computed. Here M is the number of pixels, a the activated input, dz the gradient before the ReLU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfuse import ops, reference
+from resfuse.autograd import _cast, _differentiate, _laid_out_as, _recorded
+from resfuse.autograd_folding import fold_weight, folded_backward
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse.raw import Pairs, Raw, Statistics, conv_bias_gradient, count, geometry, scale_shift
+
+
+def _convolve(
+    x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, pairs: Pairs, relu: bool
+) -> tuple[Tensor, Statistics]:
+    y, mean, var = ops.conv_stats(x.x, x.affine, x.mean, weight, relu, *pairs, bn.training)
+    if bn.training:
+        return y, Statistics.of_batch(mean, var, count(y), bn, conv_bias)
+    return y, Statistics.of_running(bn, conv_bias)
+
+
+class ConvNormFunction(torch.autograd.Function):
+    """(y, affine, y_mean[, x]) = conv_stats and finalize in one node; see :func:`reference.conv_norm`.
+
+    With (grad_bias, grad_scale) = grad_affine: grad_mean = -scale*grad_bias and grad_var = -invstd^2*scale*grad_scale/2
+    join grad_y where the backward convolutions load it: dY = grad_y + grad_mean/M + 2*grad_var/M * (y - y_mean).
+
+    `through`: x is also returned, for a shortcut, so that the shortcut's gradient is added where grad_x is written.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        affine: Tensor | None,
+        mean: Tensor | None,
+        weight: Tensor,
+        conv_bias: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        bn: BatchNorm2dParameters,
+        pairs: Pairs,
+        relu: bool,
+        through: bool,
+    ) -> tuple[Tensor, ...]:
+        y, statistics = _convolve(Raw(x, affine, mean), weight, conv_bias, bn, pairs, relu)
+        y_affine = statistics.affine(bn)
+        ctx.save_for_backward(x, affine, mean, weight, conv_bias, bn_weight, bn_bias, y, *statistics[:2])
+        ctx.options = bn.training, bn.eps, pairs, relu
+        ctx.mark_non_differentiable(statistics.mean)
+        ctx.set_materialize_grads(False)
+        return (y, y_affine, statistics.mean, *([x.view_as(x)] if through else []))
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_affine: Tensor | None, _: None, grad_through: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        x, affine, mean, weight, conv_bias, bn_weight, bn_bias, y, y_mean, var = ctx.saved_tensors
+        training, eps, pairs, relu = ctx.options
+        grad_y = torch.zeros_like(y) if grad_y is None else grad_y
+        grad_affine = y_mean.new_zeros(2, y_mean.shape[0]) if grad_affine is None else grad_affine
+        if _recorded():
+            grads = _conv_norm_double_backward(ctx, grad_y, grad_affine, grad_through)
+            return (*grads[:2], None, *grads[2:], *[None] * 4)
+        grad_mean, grad_var, grad_weight_bn = ops.finalize_backward(grad_affine[1], grad_affine[0], var, bn_weight, eps)
+        grad_through = None if grad_through is None else _laid_out_as(grad_through, x)
+        need_x, _, _, need_weight, *_ = ctx.needs_input_grad
+        arguments = (
+            _laid_out_as(grad_y, y), y if training else None, None, y_mean if training else None, grad_mean, grad_var,
+            False, x, affine, mean, weight, relu, *pairs, grad_through,
+        )  # fmt: skip
+        if need_x and grad_through is not None and not torch.compiler.is_compiling():
+            # only the closing unit of the same block made grad_through, and nobody reads it again
+            grad_x = grad_through
+            grad_weight, sums = ops.conv_stats_backward_(*arguments, need_weight)
+        else:
+            grad_x, grad_weight, sums = ops.conv_stats_backward(*arguments, need_x, need_weight)
+        return (
+            grad_x if need_x else None,
+            sums if affine is not None else None,
+            None,
+            grad_weight if need_weight else None,
+            conv_bias_gradient(conv_bias, training, grad_affine[0], var, bn_weight, eps),
+            _cast(grad_weight_bn, bn_weight),
+            _cast(grad_affine[0], bn_bias),
+            *[None] * 4,
+        )
+
+
+def _conv_norm_double_backward(
+    ctx: Any, grad_y: Tensor, grad_affine: Tensor, grad_through: Tensor | None
+) -> list[Tensor | None]:
+    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, _, y_mean, var = ctx.saved_tensors
+    training, eps, pairs, relu = ctx.options
+
+    def forward(
+        x: Tensor, affine: Any, weight: Tensor, conv_bias: Any, bn_weight: Any, bn_bias: Any
+    ) -> tuple[Tensor, ...]:
+        conv = Conv2dParameters(weight, None, *pairs)
+        frozen = (None, None) if training else (y_mean, var)
+        bn = BatchNorm2dParameters(frozen[0], frozen[1], bn_weight, bn_bias, training, eps=eps)
+        y, y_affine, _ = reference.conv_norm(x, affine, mean, conv, bn, "relu" if relu else "identity")
+        if conv_bias is not None and not training:
+            y_affine = y_affine + torch.stack([(conv_bias - conv_bias.detach()) * y_affine[1], y_affine[1] * 0])
+        return y, y_affine
+
+    grads = _differentiate(forward, [x, affine, weight, conv_bias, bn_weight, bn_bias], (grad_y, grad_affine))
+    if grad_through is not None and grads[0] is not None:
+        grads[0] = grads[0] + grad_through
+    return grads
+
+
+class ConvNormActFunction(torch.autograd.Function):
+    """out = act(BN(conv(a)) + r), a = act((x - mean)*scale + bias), r absent, residual, or a raw residual, normalised.
+
+    Direct, the convolution's output y is kept, and its gradient is formed where the backward convolutions load y:
+    dY = dz*scale + grad_mean/M + 2*grad_var/M * (y - y_mean). Folded (a 1x1 convolution in training), y never exists:
+        G = dz^T a,  grad_bias = sum dz,  G0 = G - grad_bias a_mean^T        (K, C)
+        grad_weight_bn = invstd * rowsum(G0 * W)
+        c1 = scale * invstd * grad_weight_bn / M
+        grad_W = scale*G0 - c1*M * (W Cov(a))
+        Q = W^T diag(c1) W,  da = dz (scale*W) - a Q + (a_mean^T Q - (grad_bias/M)^T (scale*W))
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        affine: Tensor | None,
+        mean: Tensor | None,
+        weight: Tensor,
+        conv_bias: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        residual: Tensor | None,
+        residual_affine: Tensor | None,
+        residual_mean: Tensor | None,
+        bn: BatchNorm2dParameters,
+        pairs: Pairs,
+        relu_x: bool,
+        relu: bool,
+        fold: bool,
+    ) -> Tensor:
+        source, r = Raw(x, affine, mean), Raw(residual, residual_affine, residual_mean)  # type: ignore[arg-type]
+        ctx.options = bn.training, bn.eps, pairs, relu_x, relu, fold
+        ctx.has_residual = residual is not None
+        raw = r if residual_affine is not None else Raw(None)  # type: ignore[arg-type]
+        inputs = (x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *raw)
+        if fold:
+            folded = fold_weight(source, weight, conv_bias, bn, relu_x)
+            as_conv = folded.weight[:, :, None, None]
+            out = ops.conv_act(x, affine, mean, relu_x, as_conv, None, folded.shift, *r, relu, *pairs)
+            statistics = folded.statistics
+            kept = (out if relu else None, folded.weight, folded.a_mean, folded.product)
+            ctx.save_for_backward(*inputs, statistics.var, statistics.scale, *kept)
+            return out
+        y, statistics = _convolve(source, weight, conv_bias, bn, pairs, relu_x)
+        raw_affine = scale_shift(raw)
+        out = ops.scale_shift_act(y, statistics.scale, statistics.shift, residual, *raw_affine, relu)
+        kept_mask = out if relu and ctx.has_residual and raw.affine is None else None
+        ctx.save_for_backward(
+            *inputs, statistics.var, statistics.scale, y, statistics.mean, statistics.shift, kept_mask
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grads: Any
+        if _recorded():
+            grads = _conv_norm_act_double_backward(ctx, grad_out)
+        elif ctx.options[-1]:
+            grads = folded_backward(ctx, grad_out)
+        else:
+            grads = _direct_backward(ctx, grad_out)
+        x, affine, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine = grads
+        return (
+            x, affine, None, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine, None, *[None] * 5
+        )  # fmt: skip
+
+
+def _direct_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = ctx.saved_tensors
+    var, scale, y, y_mean, shift, out = rest[3:]
+    raw = Raw(*rest[:3])
+    training, eps, pairs, relu_x, relu, _ = ctx.options
+    grad_out = _laid_out_as(grad_out, y)
+    raw_scale, raw_shift = scale_shift(raw)
+    sums, dz = ops.scale_shift_act_backward_reduce(
+        grad_out, y, scale, shift, y_mean, raw.x, raw_scale, raw_shift, raw.mean, out, relu
+    )
+    grad_mean, grad_var, grad_weight_bn = ops.finalize_backward(sums[1], sums[0], var, bn_weight, eps)
+    if not training:
+        grad_mean = grad_var = None
+    grad_residual = grad_raw_affine = None
+    y_affine: Tensor | None = torch.stack([shift + y_mean * scale, scale])
+    if raw.affine is not None:
+        # both branches share a mask of two activations: one pass writes both gradients
+        dz, grad_residual = ops.scale_shift_act_backward_apply(
+            grad_out, y, scale, shift, y_mean, grad_mean, grad_var,
+            raw.x, raw_scale, raw_shift, raw.mean, None, None, relu,
+        )  # fmt: skip
+        grad_raw_affine, y_affine = torch.stack([sums[0], sums[2]]), None
+    elif out is None:
+        dz = grad_out
+    if ctx.has_residual and raw.affine is None:
+        grad_residual = dz
+    grad_x, grad_weight, input_sums = ops.conv_stats_backward(
+        dz, None if y_affine is None else y, y_affine, y_mean, grad_mean, grad_var, relu and out is None, x, affine,
+        mean, weight, relu_x, *pairs, None, ctx.needs_input_grad[0], ctx.needs_input_grad[3],
+    )  # fmt: skip
+    return (
+        grad_x if ctx.needs_input_grad[0] else None,
+        input_sums if affine is not None else None,
+        grad_weight if ctx.needs_input_grad[3] else None,
+        conv_bias_gradient(conv_bias, training, sums[0], var, bn_weight, eps),
+        _cast(grad_weight_bn, bn_weight),
+        _cast(sums[0], bn_bias),
+        grad_residual,
+        grad_raw_affine,
+    )
+
+
+def _conv_norm_act_double_backward(ctx: Any, grad_out: Tensor) -> list[Tensor | None]:
+    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = ctx.saved_tensors
+    raw, var = Raw(*rest[:3]), rest[3]
+    training, eps, pairs, relu_x, relu, fold = ctx.options
+    frozen = (None, None) if training else (rest[6], var)
+    out = rest[5] if fold else rest[8]
+    plain = ctx.has_residual and raw.affine is None
+    if plain and relu:  # the residual itself is not kept: its gradient and the mask come from the output
+        grad_out = torch.where(out.detach() <= 0, 0, grad_out)
+
+    def forward(
+        x: Tensor, affine: Any, weight: Tensor, conv_bias: Any, bn_weight: Any, bn_bias: Any, r: Any, r_affine: Any
+    ) -> Tensor:
+        bias = None if conv_bias is None else conv_bias - conv_bias.detach()
+        conv = Conv2dParameters(weight, bias, *pairs)
+        bn = BatchNorm2dParameters(frozen[0], frozen[1], bn_weight, bn_bias, training, eps=eps)
+        a = reference.normalized(x, affine, mean, "relu" if relu_x else "identity")
+        z = reference.conv_bn_act(a, conv, bn, activation="identity")
+        if r is not None:
+            z = z + reference.normalized(r, r_affine, raw.mean, "identity")
+        return reference.activate(z, "relu" if relu and not plain else "identity")
+
+    inputs = [x, affine, weight, conv_bias, bn_weight, bn_bias, raw.x, raw.affine]
+    grads = _differentiate(forward, inputs, grad_out)
+    if plain:
+        grads[6] = grad_out
+    return grads
+
+
+def conv_norm(
+    x: Raw, conv: Conv2dParameters, bn: BatchNorm2dParameters, relu: bool, *, through: bool = False
+) -> tuple[Raw, Tensor]:
+    """The raw output of a convolution with what normalises it, and x for a shortcut (see ConvNormFunction)."""
+    found = ConvNormFunction.apply(*x, conv.weight, conv.bias, bn.weight, bn.bias, bn, geometry(conv), relu, through)
+    return Raw(*found[:3]), found[3] if through else x.x
+
+
+def conv_norm_act(
+    x: Raw,
+    conv: Conv2dParameters,
+    bn: BatchNorm2dParameters,
+    residual: Raw | None,
+    relu_x: bool,
+    relu: bool,
+    *,
+    fold: bool,
+) -> Tensor:
+    """act(BN(conv(a)) + r) in one node; without gradients and with running statistics, in one pass."""
+    r = Raw(None) if residual is None else residual  # type: ignore[arg-type]
+    tensors = (*x, conv.weight, conv.bias, bn.weight, bn.bias, *r)
+    pairs = geometry(conv)
+    if bn.training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return ConvNormActFunction.apply(*tensors, bn, pairs, relu_x, relu, fold and bn.training)
+    statistics = Statistics.of_running(bn, conv.bias)
+    return ops.conv_act(
+        x.x, x.affine, x.mean, relu_x, conv.weight, statistics.scale, statistics.shift, *r, relu, *pairs
+    )
