@@ -1,0 +1,397 @@
+"""Tile kernels and the units around them: convolutions with prologue and epilogue, and train-time folding."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import CHAIN_MARGIN, GRADIENT_MARGIN, assert_all_as_exact, assert_as_exact, image, leaf
+from test_blocks import Unit, fused, native, outcome, randomise
+from test_ops import TILE_OPS
+from torch import nn
+from torch.library import opcheck
+
+from resfuse import autograd_conv, backends, ops, raw, reference
+from resfuse.nn import batch_norm_parameters, conv_parameters
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+
+pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+
+DTYPES = pytest.mark.parametrize("dtype", sorted(ops.tile_dtypes, key=str), ids=str)
+LAST = torch.channels_last
+# in, out, kernel, stride, padding, dilation, height, width
+CONVS = {
+    "1x1": (64, 64, (1, 1), (1, 1), (0, 0), (1, 1), 8, 8),
+    "1x1-wide": (130, 257, (1, 1), (1, 1), (0, 0), (1, 1), 14, 14),
+    "1x1-strided": (7, 70, (1, 1), (2, 2), (0, 0), (1, 1), 9, 9),
+    "1x1-padded": (5, 6, (1, 1), (1, 1), (1, 1), (1, 1), 5, 5),
+    "3x3": (3, 5, (3, 3), (1, 1), (1, 1), (1, 1), 7, 9),
+    "3x3-tall": (33, 40, (3, 3), (1, 1), (1, 1), (1, 1), 57, 31),
+    "3x3-strided": (65, 33, (3, 3), (2, 2), (1, 1), (1, 1), 15, 13),
+    "3x3-dilated": (32, 48, (3, 3), (1, 1), (2, 2), (2, 2), 14, 14),
+    "5x5-stride-3": (16, 16, (5, 5), (3, 3), (2, 2), (1, 1), 17, 19),
+    "7x7-strided": (3, 64, (7, 7), (2, 2), (3, 3), (1, 1), 32, 32),
+    "3x1": (40, 24, (3, 1), (2, 1), (1, 0), (1, 1), 11, 11),
+    "1x5": (9, 8, (1, 5), (1, 2), (0, 2), (1, 1), 6, 12),
+    "one-channel": (1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 4, 4),
+    "one-pixel": (31, 17, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1),
+}
+EVERY_CONV = pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS)
+
+
+def operands(conv, dtype, weight_dtype=None, images=3):
+    """x, affine, mean, weight and the geometry of a convolution."""
+    channels, out, kernel, stride, padding, dilation, height, width = conv
+    x = image((images, channels, height, width), dtype, "channels_last")
+    affine = torch.stack([torch.randn(channels) / 4, torch.randn(channels)])
+    weight = torch.randn(out, channels, *kernel) / (channels * kernel[0] * kernel[1]) ** 0.5
+    mean = x.float().mean((0, 2, 3))
+    return x, affine, mean, weight.to(weight_dtype or dtype), (list(stride), list(padding), list(dilation))
+
+
+def torch_path(x, affine, mean, weight, pairs, dtype, grad_y, other=None):
+    """What torch computes in `dtype` with every step stored: y, its moments and the gradients of a weighted sum."""
+    x, affine, weight = (leaf(t, dtype) for t in (x, affine, weight))
+    z = (x - mean.to(dtype)[:, None, None]) * affine[1][:, None, None] + affine[0][:, None, None]
+    y = F.conv2d(F.relu(z), weight, None, *pairs)
+    wide = y.double()
+    moments = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
+    loss = (y * grad_y.to(dtype)).sum() + sum((m * (i + 1)).sum() for i, m in enumerate(moments)).to(dtype)
+    grad_x, grad_affine, grad_weight = torch.autograd.grad(loss, (x, affine, weight))
+    if other is not None:
+        grad_x = grad_x + other.to(dtype)
+    return {"y": y.detach(), "grad_x": grad_x, "grad_affine": grad_affine.float(), "grad_weight": grad_weight}
+
+
+@EVERY_CONV
+@DTYPES
+def test_conv_stats_and_its_backward(dtype, conv):
+    """Values, moments and gradients against float64. The mask is away from the kink: random biases seldom hit it."""
+    x, affine, mean, weight, pairs = operands(conv, dtype)
+    y, y_mean, y_var = ops.conv_stats(x, affine, mean, weight, True, *pairs, True)
+    assert y.is_contiguous(memory_format=LAST)
+    grad_y = torch.randn(y.shape).to(dtype).contiguous(memory_format=LAST)
+    moment_grads = torch.ones_like(y_mean), torch.full_like(y_var, 2.0)
+    grad_x, grad_weight, sums = ops.conv_stats_backward(
+        grad_y, y, None, y_mean, *moment_grads, False, x, affine, mean, weight, True, *pairs, None, True, True
+    )
+    wide = y.double()
+    assert_as_exact(y_mean, wide.float().mean((0, 2, 3)), wide.mean((0, 2, 3)))
+    if wide[:, 0].numel() > 1:
+        assert_as_exact(y_var, wide.float().var((0, 2, 3), correction=0), wide.var((0, 2, 3), correction=0))
+    ours = {"y": y, "grad_x": grad_x, "grad_affine": sums, "grad_weight": grad_weight}
+    # the gradient is linear in grad_y; a bfloat16 path of stock's rounds the mean to bfloat16 too
+    stock = torch_path(x, affine, mean, weight, pairs, dtype, grad_y)
+    exact = torch_path(x, affine, mean, weight, pairs, torch.float64, grad_y)
+    exact = {name: t.double() for name, t in exact.items()}
+    assert_all_as_exact(ours, stock, exact, margin=GRADIENT_MARGIN if dtype == torch.float32 else 2)
+
+
+@EVERY_CONV
+@DTYPES
+def test_without_prologue_and_with_another_gradient(dtype, conv):
+    x, _, _, weight, pairs = operands(conv, dtype, torch.float32)
+    y, *_ = ops.conv_stats(x, None, None, weight, True, *pairs, False)
+    rounded = weight.to(dtype)
+    assert_as_exact(y, F.conv2d(x, rounded, None, *pairs), F.conv2d(x.double(), rounded.double(), None, *pairs))
+    grad_y = torch.randn_like(y)
+    other = torch.randn_like(x)
+    options = (None, None, None, None, None, False, x, None, None, weight, True, *pairs)
+    grad_x, grad_weight, sums = ops.conv_stats_backward(grad_y, *options, other, True, True)
+    assert sums.numel() == 0 and grad_weight.dtype == torch.float32
+
+    def gradients(wide):
+        leaves = leaf(x, wide), leaf(rounded, wide)
+        found = torch.autograd.grad(F.conv2d(*leaves, None, *pairs), leaves, grad_y.to(wide))
+        return {"grad_x": found[0] + other.to(wide), "grad_weight": found[1]}
+
+    stock, exact = gradients(dtype), gradients(torch.float64)
+    assert_all_as_exact({"grad_x": grad_x, "grad_weight": grad_weight.to(dtype)}, stock, exact, margin=CHAIN_MARGIN)
+
+    in_place = other.clone()
+    weight_again, _ = ops.conv_stats_backward_(grad_y, *options, in_place, True)
+    assert torch.equal(in_place, grad_x) and torch.equal(weight_again, grad_weight)
+
+
+@pytest.mark.parametrize("kind", ["none", "identity", "raw"])
+@EVERY_CONV
+@DTYPES
+def test_conv_act(dtype, conv, kind):
+    x, affine, mean, weight, pairs = operands(conv, dtype, torch.float32)
+    out_channels = weight.shape[0]
+    scale, shift = torch.rand(out_channels) + 0.5, torch.randn(out_channels)
+    a = reference.normalized(x.double(), affine.double(), mean.double()).to(dtype).double()
+    z = F.conv2d(a, (weight * scale[:, None, None, None]).to(dtype).double(), None, *pairs) + shift[:, None, None]
+    residual = image(z.shape, dtype, "channels_last") if kind != "none" else None
+    r_affine = torch.randn(2, out_channels) if kind == "raw" else None
+    r_mean = torch.randn(out_channels) if kind == "raw" else None
+    if residual is not None:
+        wide = [None if t is None else t.double() for t in (residual, r_affine, r_mean)]
+        z = z + reference.normalized(*wide, "identity")
+    out = ops.conv_act(x, affine, mean, True, weight, scale, shift, residual, r_affine, r_mean, True, *pairs)
+    assert_as_exact(out, F.relu(z).to(dtype), F.relu(z))
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 10, 100])
+@DTYPES
+def test_second_moments_do_not_cancel(dtype, ratio):
+    """With mean/std up to 100 the covariance keeps its digits, as a sum of shifted products must."""
+    x = (torch.randn(4, 33, 13, 11) + ratio).to(dtype).contiguous(memory_format=LAST)
+    mean, covariance = ops.second_moments(x, None, None, False)
+    pixels = x.double().permute(0, 2, 3, 1).flatten(0, 2)
+    exact = torch.cov(pixels.T, correction=0)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3  # shifted values are rounded to bfloat16 again
+    assert (covariance - exact).norm() / exact.norm() < tolerance
+    assert ((covariance.diagonal() - exact.diagonal()) / exact.diagonal()).abs().max() < tolerance
+    assert (mean - pixels.mean(0)).abs().max() < tolerance
+    assert torch.equal(covariance, covariance.T)
+
+
+def test_second_moments_behind_a_prologue():
+    x, affine, mean, _, _ = operands(CONVS["3x3"], torch.float32)
+    found_mean, covariance = ops.second_moments(x, affine, mean, True)
+    a = reference.normalized(x.double(), affine.double(), mean.double())
+    pixels = a.permute(0, 2, 3, 1).flatten(0, 2)
+    assert torch.allclose(found_mean.double(), pixels.mean(0), atol=1e-6)
+    assert torch.allclose(covariance.double(), torch.cov(pixels.T, correction=0), atol=1e-6)
+
+
+class Bottleneck(Unit):
+    """A unit whose last convolution is an expanding 1x1."""
+
+    def __init__(self, depth, channels, width, shortcut, **options):
+        super().__init__(depth, channels, width, "none", **options)
+        self.convs[depth - 1] = nn.Conv2d(width if depth > 1 else channels, channels, 1, bias=False)
+        self.norms[depth - 1] = nn.BatchNorm2d(channels)
+        self.shortcut = shortcut
+        if shortcut == "projection":
+            self.convs.append(nn.Conv2d(channels, channels, 1, bias=False))
+            self.norms.append(nn.BatchNorm2d(channels))
+        for bn in self.norms:
+            randomise(bn)
+
+
+def check_folding(unit, x, residual=None, autocast=None, margin=GRADIENT_MARGIN, **options):
+    with torch.no_grad():
+        grad_out = torch.randn(copy.deepcopy(unit)(x.float(), None if residual is None else residual.float()).shape)
+    wide = [None if t is None else t.double() for t in (x, residual)]
+    exact = outcome(copy.deepcopy(unit).double(), partial(fused, module=reference), *wide, grad_out)
+    results = []
+    for call in (partial(native, **options), lambda unit, *args: unit(*args)):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            results.append(outcome(copy.deepcopy(unit), call, x, residual, grad_out))
+    for name in [name for name in exact if name.endswith("bias") and exact[name].norm() < 1e-9]:
+        # what a later normalisation cancels: rounding noise in any dtype
+        ours, stock = (found.pop(name) for found in results)
+        assert ours.norm() <= 2 * stock.norm() + 1e-3 * exact[name.replace("bias", "weight")].norm(), name
+        del exact[name]
+    assert_all_as_exact(*results, exact, margin=margin)
+
+
+@pytest.mark.parametrize("folding", [True, False])
+@pytest.mark.parametrize("shortcut", ["identity", "tensor", "projection"])
+@pytest.mark.parametrize("shape", [(4, 28, 6, 6), (3, 65, 7, 5), (2, 6, 1, 9)], ids=str)
+def test_folding(shape, shortcut, folding):
+    """Folded or not, the unit is as exact as stock, for widths that are no whole vectors."""
+    unit = Bottleneck(3, shape[1], max(shape[1] // 4, 3), shortcut)
+    residual = image(shape, layout="channels_last") if shortcut == "tensor" else None
+    check_folding(unit, image(shape, layout="channels_last"), residual, folding=folding)
+
+
+@pytest.mark.parametrize("folding", [True, False])
+@pytest.mark.skipif(torch.bfloat16 not in ops.tile_dtypes, reason="this processor has no AVX512_BF16")
+@pytest.mark.parametrize("shortcut", ["identity", "tensor", "projection"])
+def test_folding_under_autocast(shortcut, folding):
+    unit = Bottleneck(3, 64, 16, shortcut)
+    for bn in unit.norms:  # away from the kinks, where stock's own masks are noise
+        nn.init.constant_(bn.bias, 4.0)
+        nn.init.uniform_(bn.weight, 0.25, 0.5)
+    x = image((4, 64, 6, 6), torch.bfloat16, "channels_last")
+    residual = image(x.shape, torch.bfloat16, "channels_last") if shortcut == "tensor" else None
+    check_folding(unit, x, residual, torch.bfloat16, CHAIN_MARGIN, folding=folding)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, 0.0])
+def test_folding_with_negative_and_zero_weights(gamma):
+    """A zero weight of the last normalisation has a gradient; what lies behind it has none, exactly."""
+    unit = Bottleneck(3, 28, 7, "identity")
+    nn.init.constant_(unit.norms[2].weight, gamma)
+    x = leaf(image((4, 28, 6, 6), layout="channels_last"))
+    grads = []
+    for call in (partial(native, folding=True), lambda unit, x: unit(x)):
+        own = copy.deepcopy(unit)
+        call(own, x).square().sum().backward()
+        grads.append({name: p.grad for name, p in own.named_parameters()})
+    for name, grad in grads[0].items():
+        assert torch.allclose(grad, grads[1][name], rtol=1e-3, atol=1e-3 * grads[1]["norms.2.weight"].abs().max()), name
+    assert grads[0]["norms.2.weight"].norm() > 1
+    assert (grads[0]["convs.2.weight"].norm() == 0) == (gamma == 0.0)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
+@pytest.mark.parametrize("folding", [True, False])
+def test_a_convolution_with_bias(folding, training):
+    """Before batch statistics a bias only moves the running mean, and its gradient is exactly zero."""
+    unit = Bottleneck(3, 28, 7, "identity")
+    for i in range(3):
+        conv = unit.convs[i]
+        unit.convs[i] = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, 1, conv.padding)
+    unit.train(training)
+    x = image((4, 28, 6, 6), layout="channels_last")
+    own, stock = copy.deepcopy(unit), copy.deepcopy(unit)
+    ours, theirs = native(own, leaf(x), folding=folding), stock(leaf(x))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    for loss in (ours.square().sum(), theirs.square().sum()):
+        loss.backward()
+    for (name, a), (_, b) in zip(own.named_parameters(), stock.named_parameters(), strict=True):
+        if training and name.startswith("convs") and name.endswith("bias"):
+            assert a.grad.norm() == 0, name
+        else:
+            assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max()), name
+    for (name, a), (_, b) in zip(own.named_buffers(), stock.named_buffers(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("folding", [True, False])
+def test_double_backward(folding):
+    """Second derivatives are those of the reference."""
+    unit, values = Bottleneck(3, 12, 5, "identity"), image((3, 12, 4, 4), layout="channels_last")
+    results = []
+    for call in (partial(native, folding=folding), partial(fused, module=reference)):
+        own, x = copy.deepcopy(unit), leaf(values)
+        first = torch.autograd.grad(call(own, x).square().sum(), [x, *own.parameters()], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *own.parameters()])
+        results.append(second)
+    for ours, exact in zip(*results, strict=True):
+        assert exact.norm() > 0
+        assert (ours - exact).norm() / exact.norm() < 1e-3
+
+
+@DTYPES
+def test_bits_do_not_depend_on_threads(dtype, threads):
+    unit = Bottleneck(3, 128, 32, "projection")
+    x = image((3, 128, 17, 17), dtype, "channels_last")
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found.append(outcome(copy.deepcopy(unit), partial(native, folding=True), x, None, torch.ones(x.shape)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0].values(), other.values(), strict=True))
+
+
+@pytest.mark.parametrize("folding", [True, False])
+def test_nothing_normalised_is_kept(folding):
+    """Kept are the input, the raw outputs of inner convolutions, and the block's output; folded, not its last y."""
+    unit, x = Bottleneck(3, 64, 16, "identity"), leaf(image((4, 64, 8, 8), layout="channels_last"))
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = native(unit, x, folding=folding)
+    images = [t for t in kept.values() if t.dim() == 4 and t.shape[2:] == x.shape[2:]]
+    assert sorted(t.shape[1] for t in images) == [16, 16, 64, 64] + [64] * (not folding)
+    assert out.untyped_storage().data_ptr() in kept
+
+
+def test_the_rule_that_folds():
+    assert backends.folds(64, 256, 50176) and not backends.folds(512, 2048, 784)
+    assert not backends.folds(256, 64, 50176), "only an expansion trades a large output away"
+    assert backends.folds(512, 2048, 784, True) and not backends.folds(64, 256, 50176, False)
+
+
+def test_backends_say_why_activations_do_not_travel_raw():
+    assert backends.why_not_raw("cpu", torch.float32) is None
+    assert "float64" in backends.why_not_raw("cpu", torch.float64)
+    assert "cuda" in backends.why_not_raw("cuda", torch.float32)
+
+
+CASES = {
+    "conv_stats": lambda x, a, m, w, p: (x, a, m, w, True, *p, True),
+    "conv_stats plain": lambda x, a, m, w, p: (x, None, None, w, False, *p, False),
+    "conv_stats_backward": lambda x, a, m, w, p: (
+        torch.randn(3, 5, 7, 9).to(memory_format=LAST), None, None, None, None, None, False, x, a, m, w, True, *p,
+        None, True, True,
+    ),
+    "conv_stats_backward_": lambda x, a, m, w, p: (
+        torch.randn(3, 5, 7, 9).to(memory_format=LAST), None, None, None, None, None, False, x, None, None, w, True,
+        *p, torch.randn_like(x), True,
+    ),
+    "conv_act": lambda x, a, m, w, p: (x, a, m, True, w, None, torch.randn(5), None, None, None, True, *p),
+    "second_moments": lambda x, a, m, w, p: (x, a, m, True),
+    "expand_bn_act_backward_weight": lambda x, a, m, w, p: (
+        torch.randn(3, 5, 7, 9).to(memory_format=LAST), torch.randn(3, 5, 7, 9).to(memory_format=LAST), x, a, m, True,
+    ),
+    "expand_bn_act_backward_input": lambda x, a, m, w, p: (
+        torch.randn(3, 5, 7, 9).to(memory_format=LAST), x, a, m, True, torch.randn(5, 3), torch.randn(3, 3),
+        torch.randn(3),
+    ),
+}  # fmt: skip
+
+
+def test_every_tile_operator_has_a_case():
+    assert {case.split()[0] for case in CASES} == TILE_OPS - {"tile_kernels"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case, poisoned):
+    x, affine, mean, weight, pairs = operands(CONVS["3x3"], torch.float32)
+    opcheck(getattr(ops, case.split()[0]), CASES[case](x, affine, mean, weight, pairs))
+
+
+def test_kernels_refuse_what_they_cannot_read():
+    x, affine, mean, weight, pairs = operands(CONVS["3x3"], torch.float32)
+    arguments = (affine, mean, weight, True, *pairs, True)
+    for bad in (x.contiguous(), x.double(), x[:, :2]):
+        with pytest.raises(RuntimeError, match="resfuse"):
+            ops.conv_stats(bad, *arguments)
+    with pytest.raises(RuntimeError, match="weight"):
+        ops.conv_stats(x, affine, mean, weight.double(), True, *pairs, True)
+    with pytest.raises(RuntimeError, match="kernel"):
+        ops.conv_stats(
+            x[:, :, :1, :1].contiguous(memory_format=LAST), affine, mean, weight, True, [1, 1], [0, 0], [1, 1], True
+        )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_conv_norm_through_its_reference(frozen):
+    """y, its affine, and every gradient, with the shortcut's gradient joined where grad_x is written."""
+    x, affine, mean, weight, _ = operands(CONVS["3x3"], torch.float32)
+    bn = BatchNorm2dParameters(torch.rand(5), torch.rand(5) + 0.5, torch.rand(5), torch.rand(5), not frozen)
+    grads, values = [], []
+    weights = torch.randn(3, 5, 7, 9), torch.randn(2, 5), torch.randn(3, 3, 7, 9)
+    for path in ("ours", "reference"):
+        wide = torch.float32 if path == "ours" else torch.float64
+        leaves = [leaf(t, wide) for t in (x, affine, weight, bn.weight, bn.bias)]
+        own = bn._replace(
+            weight=leaves[3], bias=leaves[4], running_mean=bn.running_mean.to(wide, copy=True),
+            running_var=bn.running_var.to(wide, copy=True),
+        )  # fmt: skip
+        conv = Conv2dParameters(leaves[2], None, 1, 1)
+        if path == "ours":
+            found, through = autograd_conv.conv_norm(raw.Raw(leaves[0], leaves[1], mean), conv, own, True, through=True)
+            y, y_affine = found.x, found.affine
+        else:
+            y, y_affine, _ = reference.conv_norm(leaves[0], leaves[1], mean.double(), conv, own)
+            through = leaves[0]
+        loss = sum((t * w.to(wide)).sum() for t, w in zip((y, y_affine, through), weights, strict=True))
+        grads.append(torch.autograd.grad(loss, leaves))
+        values.append((y.detach(), y_affine.detach()))
+    for ours, exact in zip(grads[0] + values[0], grads[1] + values[1], strict=True):
+        assert exact.norm() > 0
+        assert (ours - exact).norm() / exact.norm() < 1e-5
+
+
+def test_parameters_follow_the_module():
+    """stride, padding and dilation in every spelling that torch.nn.Conv2d has."""
+    for options in ({"padding": "same"}, {"padding": "valid"}, {"padding": (1, 0), "stride": (2, 1)}, {"dilation": 2}):
+        conv = nn.Conv2d(3, 4, 3, bias=False, **options)
+        x = image((2, 3, 9, 8), layout="channels_last")
+        pairs = raw.geometry(conv_parameters(conv))
+        y, *_ = ops.conv_stats(x, None, None, conv.weight.detach(), True, *pairs, False)
+        assert torch.allclose(y, conv(x).detach(), atol=1e-5)
+    assert batch_norm_parameters(nn.BatchNorm2d(3)).training
