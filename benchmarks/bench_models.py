@@ -1,7 +1,8 @@
 """Networks as users train and serve them: images/s, memory, ratios to eager and to torch.compile, all channels_last.
 
-The fused network first has to pass the parity bound; a wrong one is not timed. All variants are sampled in turn in one
-process; the peak of memory is measured in a process of its own for each. Appends to benchmarks/results/models.jsonl.
+The fused network first has to pass the parity bound; a wrong one is not timed. Each variant lives in a process of its
+own, as users run it: what one leaves in the allocator does not slow or speed up another. The processes are sampled in
+turn. Appends to benchmarks/results/models.jsonl.
 """
 
 from __future__ import annotations
@@ -105,48 +106,70 @@ def check(network: str, dtype: str) -> None:
             )
 
 
-def peak_bytes(arguments: list[str]) -> dict[str, int]:
-    """The memory of a fresh process that builds one variant and runs it twice: after the import, and at most."""
-    command = [sys.executable, __file__, "--peak-of", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Worker:
+    """A fresh process that holds one variant and runs its workload once for each call."""
+
+    def __init__(self, *cell: str) -> None:
+        command = [sys.executable, __file__, "--worker", *cell]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, word: str) -> str:
+        """Send a word and wait for the answer, the next line that the process prints."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(word, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{' '.join(map(str, self.process.args))} ended with {self.process.wait()}")
+        return answer
+
+    def __call__(self) -> None:
+        self.ask("run")
+
+    def memory(self) -> dict[str, int]:
+        """The process's memory after the import and at most, and the bytes kept for backward; it ends here."""
+        found = json.loads(self.ask("memory"))
+        self.process.communicate()
+        return found
 
 
-def report_peak(network: str, variant: str, mode: str, dtype: str, batch: str, size: str) -> None:
-    """The other side of :func:`peak_bytes`."""
+def work(network: str, variant: str, mode: str, dtype: str, batch: str, size: str) -> None:
+    """The other side of :class:`Worker`."""
     import_torchvision()
     start = peak_resident_bytes()
-    run = workload(build(network, variant), mode, dtype, *batch_of(int(batch), int(size)))
-    for _ in range(2):
-        run()
-    print(json.dumps({"imported_rss_bytes": start, "peak_rss_bytes": peak_resident_bytes()}))
+    images, labels = batch_of(int(batch), int(size))
+    model = build(network, variant)
+    run = workload(model, mode, dtype, images, labels)
+    for line in sys.stdin:
+        if line.strip() == "run":
+            run()
+            print("done", flush=True)
+            continue
+        found = {"imported_rss_bytes": start, "peak_rss_bytes": peak_resident_bytes()}
+        if mode == "training":
+            found["saved_bytes"] = saved_memory(
+                lambda: loss_of(model, images, labels, dtype), model_tensors(model)
+            ).bytes
+        print(json.dumps(found), flush=True)
+        return
 
 
 def measure(network: str, mode: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time one cell, all variants in turn; the record without its environment."""
-    images, labels = batch_of(options.batch, options.size)
-    torch.compiler.reset()
-    models = {variant: build(network, variant) for variant in options.variants}
-    functions = {name: workload(model, mode, dtype, images, labels) for name, model in models.items()}
-    samples = interleave(functions, rounds=options.rounds, warmup=2)
+    cell = {"model": network, "mode": mode, "dtype": dtype, "batch": options.batch, "size": options.size}
+    rest = [mode, dtype, str(options.batch), str(options.size)]
+    workers = {variant: Worker(network, variant, *rest) for variant in options.variants}
+    samples = interleave(workers, rounds=options.rounds, warmup=3)
     found: dict[str, dict[str, Any]] = {}
-    for name, model in models.items():
+    for name, worker in workers.items():
         found[name] = milliseconds(samples[name])
         found[name]["images_per_s"] = round(1e3 * options.batch / found[name]["median_ms"], 2)
-        if mode == "training":
-            kept = saved_memory(lambda model=model: loss_of(model, images, labels, dtype), model_tensors(model))
-            found[name]["saved_bytes"] = kept.bytes
-        if options.peak:
-            found[name].update(peak_bytes([network, name, mode, dtype, str(options.batch), str(options.size)]))
+        found[name] |= worker.memory()
     ratios = {
         f"{name}/{baseline}": compare(samples, name, baseline)._asdict()
-        for name in models
+        for name in workers
         for baseline in BASELINES
-        if name.startswith("fused") and baseline in models
+        if name.startswith("fused") and baseline in workers
     }
-    cell = {"model": network, "mode": mode, "dtype": dtype, "batch": options.batch, "size": options.size}
     return {**cell, "variants": found, "ratios": ratios}
 
 
@@ -179,10 +202,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--no-peak", dest="peak", action="store_false", help="leave out the peak of memory")
     parser.add_argument("--quick", action="store_true", help="small and few; the report leaves such records out")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--peak-of", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.models, options.batch, options.size, options.rounds = ["resnet18"], 4, 64, 3
@@ -194,8 +216,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure every cell and append its record."""
     options = parse()
-    if options.peak_of:
-        report_peak(*options.peak_of)
+    if options.worker:
+        work(*options.worker)
         return
     where = native_environment(options.dtypes)
     fixed = {"suite": "models", "quick": options.quick, "environment": where, "backend": "native"}
