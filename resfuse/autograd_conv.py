@@ -168,12 +168,12 @@ class ConvNormActFunction(torch.autograd.Function):
             ctx.save_for_backward(*inputs, statistics.var, statistics.scale, *kept)
             return out
         y, statistics = _convolve(source, weight, conv_bias, bn, pairs, relu_x)
-        raw_affine = scale_shift(raw)
-        out = ops.scale_shift_act(y, statistics.scale, statistics.shift, residual, *raw_affine, relu)
+        y_affine = statistics.affine(bn)
+        # the shift that backward's kernels compute from y_affine: the same bits, so the same mask
+        own = scale_shift(Raw(y, y_affine, statistics.mean))
+        out = ops.scale_shift_act(y, *own, residual, *scale_shift(raw), relu)
         kept_mask = out if relu and ctx.has_residual and raw.affine is None else None
-        ctx.save_for_backward(
-            *inputs, statistics.var, statistics.scale, y, statistics.mean, statistics.shift, kept_mask
-        )
+        ctx.save_for_backward(*inputs, statistics.var, statistics.scale, y, statistics.mean, y_affine, kept_mask)
         return out
 
     @staticmethod
@@ -193,10 +193,11 @@ class ConvNormActFunction(torch.autograd.Function):
 
 def _direct_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = ctx.saved_tensors
-    var, scale, y, y_mean, shift, out = rest[3:]
+    var, scale, y, y_mean, y_affine, out = rest[3:]
     raw = Raw(*rest[:3])
     training, eps, pairs, relu_x, relu, _ = ctx.options
     grad_out = _laid_out_as(grad_out, y)
+    _, shift = scale_shift(Raw(y, y_affine, y_mean))
     raw_scale, raw_shift = scale_shift(raw)
     sums, dz = ops.scale_shift_act_backward_reduce(
         grad_out, y, scale, shift, y_mean, raw.x, raw_scale, raw_shift, raw.mean, out, relu
@@ -205,7 +206,6 @@ def _direct_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     if not training:
         grad_mean = grad_var = None
     grad_residual = grad_raw_affine = None
-    y_affine: Tensor | None = torch.stack([shift + y_mean * scale, scale])
     if raw.affine is not None:
         # both branches share a mask of two activations: one pass writes both gradients
         dz, grad_residual = ops.scale_shift_act_backward_apply(
@@ -216,7 +216,8 @@ def _direct_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     elif out is None:
         dz = grad_out
     if ctx.has_residual and raw.affine is None:
-        grad_residual = dz
+        # the shortcut's reader writes over its gradient, so the caller's own tensor is not handed on
+        grad_residual = dz.clone() if out is None else dz
     grad_x, grad_weight, input_sums = ops.conv_stats_backward(
         dz, None if y_affine is None else y, y_affine, y_mean, grad_mean, grad_var, relu and out is None, x, affine,
         mean, weight, relu_x, *pairs, None, ctx.needs_input_grad[0], ctx.needs_input_grad[3],

@@ -56,12 +56,12 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 
 def fold_weight(x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, relu: bool) -> Folded:
     a_mean, covariance = ops.second_moments(x.x, x.affine, x.mean, relu)
-    matrix = weight.flatten(1).float()
+    matrix = weight.flatten(1).float().contiguous()
     product = _product(matrix, covariance)
     var = (product * matrix).sum(1).clamp_min_(0)  # a sum of rounded terms may fall below
-    statistics = Statistics.of_batch(matrix @ a_mean, var, count(x.x), bn, conv_bias)
+    statistics = Statistics.of_batch((matrix * a_mean).sum(1), var, count(x.x), bn, conv_bias)
     folded = (matrix * statistics.scale[:, None]).to(x.x.dtype)
-    shift = zeros_or(bn.bias, a_mean) - folded.float() @ a_mean
+    shift = zeros_or(bn.bias, a_mean) - (folded.float() * a_mean).sum(1)
     return Folded(statistics, folded, shift, a_mean, product)
 
 
@@ -80,7 +80,7 @@ def _folded_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     pixels = count(x)
     grad_out = _laid_out_as(grad_out, out if out is not None else _like_output(x, weight, grad_out))
     dz, gram, grad_bias = ops.expand_bn_act_backward_weight(grad_out, out, x, affine, mean, relu_x)
-    matrix = weight.flatten(1).float()
+    matrix = weight.flatten(1).float().contiguous()
     invstd = torch.rsqrt(var + eps)
     centered = gram - torch.outer(grad_bias, a_mean)
     grad_weight_bn = invstd * (centered * matrix).sum(1)
@@ -93,7 +93,7 @@ def _folded_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         correction = _gram(matrix * (slope / -pixels)[:, None], matrix)  # -Q
         rounded = correction.to(x.dtype).float()
-        row = -(a_mean @ rounded) - (grad_bias / pixels) @ folded.float()
+        row = -(rounded * a_mean[:, None]).sum(0) - (folded.float() * (grad_bias / pixels)[:, None]).sum(0)
         grad_x, sums = ops.expand_bn_act_backward_input(dz, x, affine, mean, relu_x, folded, correction, row)
     grad_residual, grad_raw_affine = dz if ctx.has_residual else None, None
     if raw.affine is not None:

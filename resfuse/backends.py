@@ -19,7 +19,7 @@ _NATIVE_UNITS = {
 }
 
 
-# Where train-time folding wins, by measurement: see `folds`.
+# Up to here train-time folding costs no time, by measurement: see `folds`.
 _FOLD_CHANNELS = 256
 
 
@@ -106,8 +106,9 @@ def why_not_raw(device: str, dtype: torch.dtype) -> str | None:
 def folds(in_channels: int, out_channels: int, pixels: int, requested: bool | None = None) -> bool:
     """Whether an expanding 1x1 convolution is folded with its batch normalisation in training.
 
-    Folding trades one write and three reads of the output for C*C*M multiply-adds twice and algebra on K-by-C matrices,
-    so it pays where the map is large beside the channels, and it keeps no second activation of the output's size.
+    Folding trades one write and four reads of the output for C*C*M multiply-adds twice and algebra on K-by-C matrices,
+    so it may pay where the map is large beside the channels, and it keeps no second activation of the output's size.
+    Measured on ResNet-50, time is the same at every stage up to 256 channels, and memory falls with each.
 
     Args:
         in_channels, out_channels (int): C and K.

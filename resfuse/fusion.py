@@ -16,7 +16,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resfuse.backends import BACKENDS, missing
-from resfuse.nn import ConvBNAct2d, FusedBlock, why_stock_anywhere, why_stock_children, why_stock_input
+from resfuse.nn import (
+    ConvBNAct2d,
+    FusedBlock,
+    FusedStem,
+    conv_parameters,
+    why_stock_anywhere,
+    why_stock_children,
+    why_stock_input,
+)
+from resfuse.raw_chain import why_not_convs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,12 +69,17 @@ def _stock_class(fused: type) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """How one block runs: its qualified name ("" is the model itself), its stock class, and why it is not fused."""
+    """How one block runs: its qualified name ("" is the model itself), its stock class, and why it is not fused.
+
+    convolutions says who computes those of a fused block: "tiles" (activations travel raw between them, if they are
+    channels_last), or "torch" and why; which 1x1 convolutions fold is :func:`resfuse.backends.folds`'s decision.
+    """
 
     name: str
     type: str
     fused: bool
     reason: str
+    convolutions: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,12 +93,13 @@ class Explanation:
         lines = [f"{fused} of {len(self.blocks)} blocks fused"]
         width = max((len(block.name or "(model)") for block in self.blocks), default=0)
         for block in self.blocks:
-            state = "fused" if block.fused else f"stock: {block.reason}"
+            how = f", convolutions by {block.convolutions}" if block.convolutions else ""
+            state = f"fused{how}" if block.fused else f"stock: {block.reason}"
             lines.append(f"  {block.name or '(model)':{width}}  {block.type:12}  {state}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """The blocks as a JSON list of objects with name, type, fused and reason."""
+        """The blocks as a JSON list of objects with name, type, fused, reason and convolutions."""
         return json.dumps([asdict(block) for block in self.blocks], indent=1)
 
 
@@ -142,8 +157,24 @@ def explain(model: nn.Module) -> Explanation:
         reason = _why_stock(module, getattr(module, "_resfuse_backend", None))
         if reason is None and not fused and kind is not ConvBNAct2d:
             reason = "fuse() has not been applied to it"
-        reports.append(BlockReport(name, kind.__name__, reason is None, reason or ""))
+        how = _convolutions(module) if reason is None else ""
+        reports.append(BlockReport(name, kind.__name__, reason is None, reason or "", how))
     return Explanation(tuple(reports))
+
+
+def _convolutions(module: nn.Module) -> str:
+    """Who computes the convolutions of a fused block, for activations in its parameters' device and dtype."""
+    convs = [conv_parameters(m) for m in module.modules() if type(m) is nn.Conv2d]
+    if isinstance(module, FusedStem) or not convs:
+        return ""
+    weight = convs[0].weight
+    if getattr(module, "_resfuse_backend", None) == "reference":
+        return "torch: the reference was asked for"
+    reason = why_not_convs(convs, weight.device.type, weight.dtype)
+    if reason is not None:
+        return f"torch: {reason}"
+    folding = getattr(module, "_resfuse_folding", None)
+    return "tiles" if folding is None else f"tiles, folding {'wherever possible' if folding else 'nothing'}"
 
 
 def fuse(
@@ -151,6 +182,7 @@ def fuse(
     *,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     backend: str | None = None,
+    folding: bool | None = None,
     strict: bool = False,
 ) -> M:
     """Fuse the blocks of a model in place; parameters, buffers and hooks stay the same objects.
@@ -166,6 +198,8 @@ def fuse(
         filter_fn (Callable[[nn.Module, str], bool] | None): given a block that :func:`explain` lists and its qualified
             name, whether to fuse it.
         backend (str | None): "native", "triton" or "reference" for every fused block; None chooses at each call.
+        folding (bool | None): fold the last batch normalisation of bottlenecks into its 1x1 convolution during training
+            always (True), never (False), or by the measured rule :func:`resfuse.backends.folds` (None).
         strict (bool): raise if a block that filter_fn lets through would stay stock, now and with activations in its
             parameters' device and dtype.
 
@@ -187,6 +221,7 @@ def fuse(
         if known is not None and known.why_stock_children(module) is None:
             module.__class__ = known  # type: ignore[assignment]
             module._resfuse_backend = backend  # type: ignore[assignment]
+            module._resfuse_folding = folding  # type: ignore[assignment]
     return model
 
 
@@ -224,6 +259,7 @@ def unfuse(model: M) -> M:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, FusedBlock):
-            module.__dict__.pop("_resfuse_backend", None)
+            for name in ("_resfuse_backend", "_resfuse_folding"):
+                module.__dict__.pop(name, None)
             module.__class__ = _stock_class(type(module))  # type: ignore[assignment]
     return model

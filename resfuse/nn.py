@@ -294,13 +294,14 @@ class FusedBlock:
 
     Attributes:
         fused_convs, fused_norms, fused_activations: names of children, in the order of the forward pass.
-        _resfuse_backend: the backend that `fuse` was given.
+        _resfuse_backend, _resfuse_folding: what `fuse` was given.
     """
 
     fused_convs: tuple[str, ...]
     fused_norms: tuple[str, ...]
     fused_activations: tuple[str, ...] = ("relu",)
     _resfuse_backend: str | None = None
+    _resfuse_folding: bool | None = None
 
     def why_stock(self, x: Tensor) -> str | None:
         """Why a call with x runs the stock forward; None where it runs fused."""
@@ -340,7 +341,10 @@ class FusedResidual(FusedBlock):
                 shortcut = conv_parameters(downsample[0]), batch_norm_parameters(downsample[1])
             else:
                 shortcut = downsample(x)
-        return self.compose(x, *layers, shortcut, backend=self._resfuse_backend)
+        choice: dict[str, Any] = {"backend": self._resfuse_backend}
+        if self._resfuse_folding is not None:
+            choice["folding"] = self._resfuse_folding
+        return self.compose(x, *layers, shortcut, **choice)
 
 
 class FusedBasicBlock(FusedResidual):

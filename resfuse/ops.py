@@ -188,7 +188,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scale_shift_relu_maxpool_backward_reduce": lambda grad_out, indices, x, *_: _vector(x, 2, x.shape[1]),
     "scale_shift_relu_maxpool_backward_apply": lambda grad_out, indices, x, *_: torch.empty_like(x),
     "scale_shift_relu_maxpool_backward_apply_": lambda *_: None,
-    "tile_kernels": lambda like: like.dtype in tile_dtypes,
+    "tile_kernels": lambda like: False,
     "conv_stats": _fake_conv_stats,
     "conv_stats_backward": _fake_conv_stats_backward,
     "conv_stats_backward_": _fake_conv_stats_backward_,
@@ -255,7 +255,7 @@ tile_kernels = _ops.tile_kernels.default
 tile_dtypes: frozenset[torch.dtype] = frozenset(
     dtype
     for dtype in (torch.float32, torch.bfloat16)
-    if missing_native["cpu"] is None and tile_kernels(torch.empty(0, dtype=dtype))
+    if missing_native["cpu"] is None and tile_kernels(torch.empty(0, dtype=dtype, device="cpu"))
 )
 conv_stats = _ops.conv_stats.default
 conv_stats_backward = _ops.conv_stats_backward.default

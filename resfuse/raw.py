@@ -25,7 +25,8 @@ class Raw(NamedTuple):
 
 
 def as_pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 2 if len(values) == 1 else values
 
 
 def geometry(conv: Conv2dParameters) -> Pairs:

@@ -15,7 +15,7 @@ from resfuse._calls import autocasts, bump_versions, serving_backend
 from resfuse.autograd_conv import conv_norm, conv_norm_act
 from resfuse.backends import folds, why_not_raw
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
-from resfuse.raw import Raw
+from resfuse.raw import Raw, as_pair
 
 Layer = tuple[Conv2dParameters, BatchNorm2dParameters]
 
@@ -24,15 +24,10 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
 
 
-def why_not(x: Tensor, convs: Sequence[Conv2dParameters], backend: str | None) -> str | None:
-    """Why these convolutions of x are left to torch; None where tile kernels serve them."""
-    if serving_backend("bn_act", x, backend) != "native":
-        return "the reference runs"
-    dtype = _dtype(x)
-    if (reason := why_not_raw(x.device.type, dtype)) is not None:
+def why_not_convs(convs: Sequence[Conv2dParameters], device: str, dtype: torch.dtype) -> str | None:
+    """Why these convolutions of activations of `dtype` are left to torch; None where tile kernels can serve them."""
+    if (reason := why_not_raw(device, dtype)) is not None:
         return reason
-    if x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
-        return "x is empty or not channels_last"
     for conv in convs:
         if conv.groups != 1:
             return f"a convolution has {conv.groups} groups"
@@ -40,7 +35,20 @@ def why_not(x: Tensor, convs: Sequence[Conv2dParameters], backend: str | None) -
             return f"a weight is {conv.weight.dtype}"
         if conv.padding == "same" and any(k % 2 == 0 for k in conv.weight.shape[2:]):
             return "padding is uneven"
+        if (conv.padding == "same" and set(as_pair(conv.stride)) != {1}) or (
+            not isinstance(conv.padding, str) and min(as_pair(conv.padding)) < 0
+        ):
+            return "torch refuses such padding"
     return None
+
+
+def why_not(x: Tensor, convs: Sequence[Conv2dParameters], backend: str | None) -> str | None:
+    """Why this call leaves its convolutions to torch; None where tile kernels serve it."""
+    if serving_backend("bn_act", x, backend) != "native":
+        return "the reference runs"
+    if x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
+        return "x is empty or not channels_last"
+    return why_not_convs(convs, x.device.type, _dtype(x))
 
 
 def _as_input(x: Tensor) -> Tensor:
@@ -71,8 +79,9 @@ def _close(
 def conv_bn_act(x: Tensor, layer: Layer, residual: Tensor | None, activation: str) -> Tensor:
     """act(BN(conv(x)) + residual)."""
     r = None if residual is None else Raw(_as_input(residual))
+    x = _as_input(x)
     with torch.autocast(x.device.type, enabled=False):
-        out = _close(Raw(_as_input(x)), layer, r, False, activation == "relu", False)
+        out = _close(Raw(x), layer, r, False, activation == "relu", False)
     bump_versions(layer[1])
     return out
 
@@ -87,20 +96,21 @@ def residual_chain(
     """act(BN(conv(... act(BN(conv(x))) ...)) + shortcut)."""
     relu = activation == "relu"
     x = _as_input(x)
+    added = _as_input(shortcut) if isinstance(shortcut, Tensor) else None
     norms = [bn for _, bn in layers]
     with torch.autocast(x.device.type, enabled=False):
         frozen = not torch.is_grad_enabled() and not any(bn.training for bn in norms)
         step = _frozen_step if frozen else conv_norm
         y, through = Raw(x), x
         for i, (conv, bn) in enumerate(layers[:-1]):
-            needs_through = i == 0 and not isinstance(shortcut, Tensor)
+            needs_through = i == 0 and added is None and x.requires_grad
             y, passed = step(y, conv, bn, relu, through=needs_through)
             through = passed if needs_through else through
         if isinstance(shortcut, tuple):
             norms.append(shortcut[1])
             residual, _ = step(Raw(through), *shortcut, False) if not frozen else _frozen_step(Raw(x), *shortcut, False)
         else:
-            residual = Raw(through if shortcut is None else _as_input(shortcut))
+            residual = Raw(through if added is None else added)
         out = _close(y, layers[-1], residual, relu, relu, folding)
     bump_versions(*norms)
     return out

@@ -29,7 +29,8 @@ def test_explain_as_text_and_json():
     assert "bn1 has a hook" in str(after) and "(model)" in str(after)
     rows = json.loads(after.to_json())
     assert [fusion.BlockReport(**row) for row in rows] == list(after.blocks)
-    assert rows[2] == {"name": "layer2.0", "type": "BasicBlock", "fused": False, "reason": "bn1 has a hook"}
+    fields = ("name", "type", "fused", "reason", "convolutions")
+    assert rows[2] == dict(zip(fields, ("layer2.0", "BasicBlock", False, "bn1 has a hook", ""), strict=True))
 
 
 def test_a_block_answers_for_its_projection_and_for_nothing_else():
@@ -132,8 +133,27 @@ def test_register_block_fuses_a_users_block(monkeypatch):
     resfuse.register_block(OwnBlock, FusedOwnBlock)
     model, x = nn.Sequential(OwnBlock(4, 4)), torch.randn(2, 4, 5, 5)
     resfuse.fuse(model, strict=True)
-    assert resfuse.explain(model).blocks == (fusion.BlockReport("0", "OwnBlock", True, ""),)
+    (block,) = resfuse.explain(model).blocks
+    assert (block.name, block.type, block.fused, block.reason) == ("0", "OwnBlock", True, "")
     assert model(x).grad_fn.name() == "BNActFunctionBackward"
     assert type(resfuse.unfuse(model)[0]) is OwnBlock
     with pytest.raises(TypeError, match="must be a subclass of a resfuse"):
         resfuse.register_block(OwnBlock, models.BasicBlock)
+
+
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+def test_explain_says_who_convolves_and_fuse_takes_folding():
+    model, x = nn.Sequential(models.Bottleneck(16, 4)), torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
+    for folding, how in (
+        (None, "tiles"),
+        (True, "tiles, folding wherever possible"),
+        (False, "tiles, folding nothing"),
+    ):
+        resfuse.fuse(model, folding=folding)
+        assert resfuse.explain(model).blocks[0].convolutions == how
+        assert f"fused, convolutions by {how}" in str(resfuse.explain(model))
+        assert model(x).grad_fn.options[-1] == (folding is not False)
+    model.double()
+    assert "float64" in resfuse.explain(model).blocks[0].convolutions
+    resfuse.unfuse(model)
+    assert not [name for name in model[0].__dict__ if "resfuse" in name]

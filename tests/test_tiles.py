@@ -268,10 +268,11 @@ def test_double_backward(folding):
         assert (ours - exact).norm() / exact.norm() < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(3, 128, 17, 17), (1, 64, 12, 12), (2, 32, 7, 7)], ids=str)
 @DTYPES
-def test_bits_do_not_depend_on_threads(dtype, threads):
-    unit = Bottleneck(3, 128, 32, "projection")
-    x = image((3, 128, 17, 17), dtype, "channels_last")
+def test_bits_do_not_depend_on_threads(dtype, shape, threads):
+    unit = Bottleneck(3, shape[1], shape[1] // 4, "projection")
+    x = image(shape, dtype, "channels_last")
     found = []
     for count in (1, 2, 3):
         threads(count)

@@ -2,7 +2,7 @@
 //
 //   dY = grad_y*y_scale + grad_mean/M + 2*grad_var/M * (y - y_mean)  never stored; grad_y masked where a ReLU follows
 //   grad_weight = wgrad(dY, a), a = act((x - mean)*scale + bias)     a never stored
-//   da = dgrad(dY, weight) + other;  dz = da where act was active;  grad_x = dz*scale
+//   da = dgrad(dY, weight);  dz = da where act was active;  grad_x = dz*scale + other
 //   sums: dz and dz*(x - mean), the gradients of bias and scale
 #include "tiles/operands.h"
 #include "tiles/weight_gradient.h"

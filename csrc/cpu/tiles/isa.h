@@ -16,15 +16,30 @@
 #define RESFUSE_HAS_TILES 0
 #endif
 
+#if RESFUSE_HAS_TILES
+#include <cpuid.h>
+#endif
+
 #include <torch/headeronly/core/ScalarType.h>
 
 namespace resfuse::cpu {
 
-// Whether this machine can run tile kernels on activations of `dtype`.
+// Whether this processor multiplies bfloat16 tiles in hardware (AMX): torch's convolutions use it, these kernels do
+// not.
+inline bool has_amx() {
+#if RESFUSE_HAS_TILES
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && ((d >> 22) & 1) != 0;
+#else
+  return false;
+#endif
+}
+
+// Whether this machine runs tile kernels on activations of `dtype`.
 inline bool tiles_support(torch::headeronly::ScalarType dtype) {
 #if RESFUSE_HAS_TILES
   static const bool avx512 = __builtin_cpu_supports("x86-64-v4");
-  static const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16") && !has_amx();
   if (dtype == torch::headeronly::ScalarType::Float) return avx512;
   if (dtype == torch::headeronly::ScalarType::BFloat16) return bfloat16;
 #endif

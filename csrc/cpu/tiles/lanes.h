@@ -3,12 +3,12 @@
 // The lanes of a vector are channels. A mask names the channels that exist, so that any C is a whole number of vectors.
 #pragma once
 
-#include <immintrin.h>
-
 #include "../../math.h"
 #include "isa.h"
 
 #if RESFUSE_HAS_TILES
+#include <immintrin.h>
+
 RESFUSE_TILES_BEGIN
 
 namespace resfuse::cpu {

@@ -13,8 +13,9 @@ inline ConvAxis conv_axis(const Tensor& x, const Tensor& weight, int64_t axis, c
   const auto i = static_cast<size_t>(axis);
   ConvAxis a{x.size(2 + axis), 0, weight.size(2 + axis), stride.at(i), padding.at(i), dilation.at(i)};
   STD_TORCH_CHECK(a.stride > 0 && a.dilation > 0 && a.padding >= 0, "resfuse: no such convolution");
+  STD_TORCH_CHECK(a.kernel > 0 && a.in + 2 * a.padding > a.dilation * (a.kernel - 1),
+                  "resfuse: the kernel is larger than its padded input");
   a.out = (a.in + 2 * a.padding - a.dilation * (a.kernel - 1) - 1) / a.stride + 1;
-  STD_TORCH_CHECK(a.kernel > 0 && a.out > 0, "resfuse: the kernel is larger than its padded input");
   return a;
 }
 

@@ -24,14 +24,6 @@ int64_t pixel_units(int64_t channels) {
   return (ceil_div(bytes, 64) | 1) * 16;
 }
 
-// A vector padded with zeros to whole panels; null stays null.
-inline const float* padded_vector(const float* from, int64_t channels, float* to) {
-  if (from == nullptr) return nullptr;
-  std::copy_n(from, channels, to);
-  std::fill(to + channels, to + round_up(channels, kPanel), 0.0f);
-  return to;
-}
-
 // Sixteen values as they lie in a patch.
 RESFUSE_LANES Lanes512 rounded(Lanes512 value, float) { return value; }
 RESFUSE_LANES __m256i rounded(Lanes512 value, BFloat16) { return round_to_bfloat16(value); }

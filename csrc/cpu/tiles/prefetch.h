@@ -7,7 +7,11 @@
 #include <array>
 #include <cstdint>
 
+#include "isa.h"
+
+#if RESFUSE_HAS_TILES
 #include <immintrin.h>
+#endif
 
 namespace resfuse::cpu {
 
@@ -31,7 +35,9 @@ class Prefetcher {
     for (int64_t left = per_call_; left > 0 && at_ < count_;) {
       Range& range = ranges_[static_cast<size_t>(at_)];
       const int64_t now = left < range.lines ? left : range.lines;
+#if RESFUSE_HAS_TILES
       for (int64_t i = 0; i < now; ++i) _mm_prefetch(range.at + i * kLine, _MM_HINT_T1);
+#endif
       range.at += now * kLine;
       range.lines -= now;
       left -= now;

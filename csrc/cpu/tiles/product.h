@@ -13,7 +13,7 @@ RESFUSE_TILES_BEGIN
 
 namespace resfuse::cpu {
 
-constexpr int64_t kTilePixels = 112;        // a panel of a tile, 28 KiB in float, is read again by its epilogue
+constexpr int64_t kTilePixels = 112;        // a panel of a tile, 14 KiB in float, is read again by its epilogue
 constexpr int64_t kPatchBytes = 512 << 10;  // a patch is read again by every panel: it stays in L2
 constexpr int64_t kMinTasks = 8;
 

@@ -1,8 +1,8 @@
 // The gradient of a convolution's weight by tiles: dW[k][c] = sum over output pixels of dY[pixel][k] * a[tap pixel][c].
 //
 // Both operands are filled by sources, so neither dY nor the activated input is ever stored. For bfloat16 neighbouring
-// output pixels form one unit: two steps of the sum in one instruction. A task is a slab of tiles and a block of dY's
-// channels; each slab has sums of its own, merged in order.
+// output pixels form one unit: two steps of the sum in one instruction. A task is a slab of tiles and a block of
+// channels of the longer side; each slab has sums of its own, merged in order.
 #pragma once
 
 #include "epilogue.h"
@@ -154,7 +154,7 @@ inline void add_columns(const float* p, int64_t p_step, int64_t steps, int64_t c
     }
     alignas(64) double values[kLanes];
     total.store(values);
-    for (int64_t j = 0; j < kLanes; ++j) to[c + j] += values[j];
+    for (int64_t j = 0; j < std::min(kLanes, channels - c); ++j) to[c + j] += values[j];
   }
 }
 
@@ -174,7 +174,7 @@ inline void add_columns(const uint32_t* p, int64_t p_step, int64_t steps, int64_
     }
     alignas(64) double values[kLanes];
     total.store(values);
-    for (int64_t j = 0; j < kLanes; ++j) to[c + j] += values[j];
+    for (int64_t j = 0; j < std::min(kLanes, channels - c); ++j) to[c + j] += values[j];
   }
 }
 
