@@ -19,6 +19,9 @@ _NATIVE_UNITS = {
 }
 
 
+# From here on tile kernels win over torch's convolutions and passes around them, by measurement: narrower ones leave
+# lanes of the register tile empty.
+_TILE_CHANNELS = {torch.float32: 64, torch.bfloat16: 32}
 # Up to here train-time folding costs no time, by measurement: see `folds`.
 _FOLD_CHANNELS = 256
 
@@ -92,14 +95,25 @@ def choose(unit: str, device: str, dtype: torch.dtype, requested: str | None = N
     return requested
 
 
-def why_not_raw(device: str, dtype: torch.dtype) -> str | None:
-    """Why activations cannot travel raw, to be normalised by the convolution that reads them; None where they can."""
+def why_not_raw(device: str, dtype: torch.dtype, channels: int | None = None) -> str | None:
+    """Why activations do not travel raw, to be normalised by the convolution that reads them; None where they do.
+
+    Args:
+        device (str): device type of the activations.
+        dtype (torch.dtype): their dtype.
+        channels (int | None): the fewest channels into or out of a convolution; None asks about kernels alone.
+
+    Returns:
+        str | None: the reason.
+    """
     if device != "cpu":
         return f"there are no convolution kernels for {device}"
     if ops.missing_native["cpu"] is not None:
         return ops.missing_native["cpu"]
     if dtype not in ops.tile_dtypes:
         return f"this processor has no convolution kernels for {dtype}"
+    if channels is not None and channels < _TILE_CHANNELS[dtype]:
+        return f"torch is faster below {_TILE_CHANNELS[dtype]} channels in {dtype}, here {channels}"
     return None
 
 

@@ -26,7 +26,8 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 def why_not_convs(convs: Sequence[Conv2dParameters], device: str, dtype: torch.dtype) -> str | None:
     """Why these convolutions of activations of `dtype` are left to torch; None where tile kernels can serve them."""
-    if (reason := why_not_raw(device, dtype)) is not None:
+    fewest = min(size for conv in convs for size in (conv.weight.shape[0], conv.weight.shape[1] * conv.groups))
+    if (reason := why_not_raw(device, dtype, fewest)) is not None:
         return reason
     for conv in convs:
         if conv.groups != 1:

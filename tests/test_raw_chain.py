@@ -6,11 +6,12 @@ from numerics import image, leaf
 from test_tiles import Bottleneck, native
 from torch import nn
 
-from resfuse import functional, ops
+from resfuse import backends, functional, ops
 from resfuse.nn import ConvBNAct2d, batch_norm_parameters, conv_parameters
 
 pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
 LAST = torch.channels_last
+MEASURED = backends._TILE_CHANNELS
 
 
 @pytest.mark.parametrize("activation", ["relu", "identity"])
@@ -65,3 +66,24 @@ def test_a_weight_with_unusual_strides_folds():
     assert torch.equal(out, exact)
     out.sum().backward()
     assert weight.grad.isfinite().all()
+
+
+def test_the_rule_that_folds():
+    assert backends.folds(64, 256, 50176) and not backends.folds(512, 2048, 784)
+    assert not backends.folds(256, 64, 50176), "only an expansion trades a large output away"
+    assert backends.folds(512, 2048, 784, True) and not backends.folds(64, 256, 50176, False)
+
+
+def test_narrow_convolutions_stay_torchs(monkeypatch):
+    unit, x = Bottleneck(3, 64, 16, "identity"), leaf(image((2, 64, 6, 6), layout="channels_last"))
+    assert native(unit, x).grad_fn.name() == "ConvNormActFunctionBackward"
+    monkeypatch.setattr(backends, "_TILE_CHANNELS", MEASURED)
+    assert native(unit, x).grad_fn.name() == "BNActFunctionBackward"
+    assert "below 64 channels" in backends.why_not_raw("cpu", torch.float32, 16)
+    assert backends.why_not_raw("cpu", torch.float32, 64) is None
+
+
+def test_backends_say_why_activations_do_not_travel_raw():
+    assert backends.why_not_raw("cpu", torch.float32) is None
+    assert "float64" in backends.why_not_raw("cpu", torch.float64)
+    assert "cuda" in backends.why_not_raw("cuda", torch.float32)

@@ -12,7 +12,7 @@ from test_ops import TILE_OPS
 from torch import nn
 from torch.library import opcheck
 
-from resfuse import autograd_conv, backends, ops, raw, reference
+from resfuse import autograd_conv, ops, raw, reference
 from resfuse.nn import batch_norm_parameters, conv_parameters
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 
@@ -297,18 +297,6 @@ def test_nothing_normalised_is_kept(folding):
     images = [t for t in kept.values() if t.dim() == 4 and t.shape[2:] == x.shape[2:]]
     assert sorted(t.shape[1] for t in images) == [16, 16, 64, 64] + [64] * (not folding)
     assert out.untyped_storage().data_ptr() in kept
-
-
-def test_the_rule_that_folds():
-    assert backends.folds(64, 256, 50176) and not backends.folds(512, 2048, 784)
-    assert not backends.folds(256, 64, 50176), "only an expansion trades a large output away"
-    assert backends.folds(512, 2048, 784, True) and not backends.folds(64, 256, 50176, False)
-
-
-def test_backends_say_why_activations_do_not_travel_raw():
-    assert backends.why_not_raw("cpu", torch.float32) is None
-    assert "float64" in backends.why_not_raw("cpu", torch.float64)
-    assert "cuda" in backends.why_not_raw("cuda", torch.float32)
 
 
 CASES = {
