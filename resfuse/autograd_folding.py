@@ -55,6 +55,7 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fold_weight(x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, relu: bool) -> Folded:
+    """Fold bn into weight for this input, and update the running statistics: :func:`reference.folded_weight`."""
     a_mean, covariance = ops.second_moments(x.x, x.affine, x.mean, relu)
     matrix = weight.flatten(1).float().contiguous()
     product = _product(matrix, covariance)
@@ -66,9 +67,8 @@ def fold_weight(x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2
 
 
 def folded_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.autocast(
-        grad_out.device.type, enabled=False
-    ):  # the products below are float32 wherever backward is called
+    """The gradients of ConvNormActFunction where it folded; the algebra is float32 wherever backward is called."""
+    with torch.autocast(grad_out.device.type, enabled=False):
         return _folded_gradients(ctx, grad_out)
 
 
@@ -78,7 +78,7 @@ def _folded_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     raw = Raw(*rest[:3])
     _, eps, _, relu_x, _, _ = ctx.options
     pixels = count(x)
-    grad_out = _laid_out_as(grad_out, out if out is not None else _like_output(x, weight, grad_out))
+    grad_out = _laid_out_as(grad_out, out if out is not None else _like_output(x, grad_out))
     dz, gram, grad_bias = ops.expand_bn_act_backward_weight(grad_out, out, x, affine, mean, relu_x)
     matrix = weight.flatten(1).float().contiguous()
     invstd = torch.rsqrt(var + eps)
@@ -114,6 +114,6 @@ def _folded_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _like_output(x: Tensor, weight: Tensor, grad_out: Tensor) -> Tensor:
+def _like_output(x: Tensor, grad_out: Tensor) -> Tensor:
     """An activation with the layout and dtype of a folded unit's output."""
     return torch.empty(grad_out.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

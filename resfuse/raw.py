@@ -25,6 +25,7 @@ class Raw(NamedTuple):
 
 
 def as_pair(value: Any) -> list[int]:
+    """One number for both axes, or a number for each, as two."""
     values = [value] if isinstance(value, int) else list(value)
     return values * 2 if len(values) == 1 else values
 
@@ -41,10 +42,12 @@ def geometry(conv: Conv2dParameters) -> Pairs:
 
 
 def count(y: Tensor) -> int:
+    """M: values per channel."""
     return y.shape[0] * y.shape[2] * y.shape[3]
 
 
 def zeros_or(vector: Tensor | None, like: Tensor) -> Tensor:
+    """The vector in like's dtype; zeros where it is absent."""
     return torch.zeros_like(like) if vector is None else vector.to(like.dtype)
 
 

@@ -109,7 +109,7 @@ def residual_chain(
             through = passed if needs_through else through
         if isinstance(shortcut, tuple):
             norms.append(shortcut[1])
-            residual, _ = step(Raw(through), *shortcut, False) if not frozen else _frozen_step(Raw(x), *shortcut, False)
+            residual, _ = step(Raw(through), *shortcut, False)
         else:
             residual = Raw(through if added is None else added)
         out = _close(y, layers[-1], residual, relu, relu, folding)

@@ -1,10 +1,9 @@
 // Epilogues: what happens to 32 channels of a tile while they are still in cache.
 //
 //   WithMoments:   y, and the mean and squared deviations of what was stored
-//   InputGradient: dx = da, or through the prologue: dz = da where act was active, dx = dz*scale, and the sums of dz
-//   and
-//                  of dz*(x - mean); a gradient that reaches x by another way is added
-//   Residual:      act(value + shift + r), r absent, residual, or residual*scale_r + shift_r
+//   InputGradient: grad_x = da; or, through the prologue, dz = da where act was active, grad_x = dz*scale, and the sums
+//                  of dz and dz*(x - mean). A gradient that reaches x by another way is added.
+//   ResidualAct:   act(value + shift + r), r absent, residual, or residual*scale_r + shift_r
 // A float sum runs over at most 32 pixels, then goes to double.
 #pragma once
 
@@ -31,8 +30,7 @@ RESFUSE_LANES void prefetch_panel(const T* image, int64_t channels, int64_t pixe
   }
 }
 
-// Moments of sixteen channels of a tile, from float rows `step` apart, merged into a slab's. `stored` rounds a value as
-// memory does.
+// Moments of sixteen channels of a tile, as stored in T, merged into a slab's that has `before` pixels already.
 template <class T>
 RESFUSE_LANES void merge_tile_lanes(const float* values, int64_t pixels, double before, double* mean, double* m2) {
   Lanes512 center = _mm512_setzero_ps();

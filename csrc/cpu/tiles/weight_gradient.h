@@ -12,8 +12,8 @@ RESFUSE_TILES_BEGIN
 
 namespace resfuse::cpu {
 
-constexpr int64_t kWeightPixels = 224;
-constexpr int64_t kWeightPatchBytes = 768 << 10;
+constexpr int64_t kWeightPixels = 224;            // of a tile: sums are read and written once for so many products
+constexpr int64_t kWeightPatchBytes = 768 << 10;  // the input's side of a tile stays in L2
 constexpr int64_t kWeightTasks = 16;
 constexpr int64_t kWeightSlabBytes = int64_t{4} << 20;  // the sums of all slabs together
 
