@@ -53,6 +53,31 @@ def _laid_out_as(grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(grad)
 
 
+def _through_moments(
+    grad_out: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    out: Tensor | None,
+    out_mean: Tensor | None,
+) -> Tensor:
+    """The whole gradient of an output whose moments were handed on: that of its readers and that of its moments.
+
+    grad_out + grad_mean/M + 2*grad_var/M * (out - mean), in one pass.
+    """
+    if grad_mean is None and grad_var is None:
+        assert grad_out is not None
+        return grad_out
+    assert out is not None and out_mean is not None
+    grad_mean, grad_var = (torch.zeros_like(out_mean) if g is None else g.contiguous() for g in (grad_mean, grad_var))
+    if grad_out is None:
+        return ops.moments_backward(grad_mean, grad_var, out, out_mean)
+    one, zero = torch.ones_like(out_mean), torch.zeros_like(out_mean)
+    grad_out = _laid_out_as(grad_out, out)
+    return ops.scale_shift_act_backward_apply(
+        grad_out, out, one, zero, out_mean, grad_mean, grad_var, *[None] * 6, False
+    )[0]  # fmt: skip
+
+
 def _cast(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
     """A parameter's gradient in the parameter's dtype."""
     return None if parameter is None else grad.to(parameter.dtype)

@@ -4,9 +4,8 @@ Between units an activation travels raw, as the convolution wrote it, with what 
 :class:`resfuse.raw.Raw`. The next reader normalises while it loads, so nothing normalised is stored, in either
 direction.
 
-Formulas: the derivatives of conv_stats and finalize, and of train-time folding, where the batch statistics of a 1x1
-convolution follow from the mean and covariance of its input and batch normalisation folds into the weight before the
-only product is computed. Here M is the number of pixels, a the activated input, dz the gradient before the ReLU.
+Formulas: the derivatives of conv_stats and finalize. Here M is the number of pixels, a the activated input, dz the
+gradient before the ReLU. A 1x1 convolution that folds is :mod:`resfuse.autograd_folding`'s.
 """
 
 from __future__ import annotations
@@ -17,10 +16,17 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _cast, _differentiate, _laid_out_as, _recorded
-from resfuse.autograd_folding import fold_weight, folded_backward
+from resfuse.autograd import _cast, _differentiate, _laid_out_as, _masked, _recorded, _through_moments
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
-from resfuse.raw import Pairs, Raw, Statistics, conv_bias_gradient, count, geometry, scale_shift
+from resfuse.raw import (
+    Pairs,
+    Raw,
+    Statistics,
+    conv_bias_gradient,
+    count,
+    geometry,
+    scale_shift,
+)
 
 
 def _convolve(
@@ -124,15 +130,11 @@ def _conv_norm_double_backward(
 
 
 class ConvNormActFunction(torch.autograd.Function):
-    """out = act(BN(conv(a)) + r), a = act((x - mean)*scale + bias), r absent, residual, or a raw residual, normalised.
+    """out = act(BN(conv(a)) + r), a = act((x - mean)*scale + bias), r absent, residual, or a raw residual, normalised;
+    optionally the moments of out.
 
-    Direct, the convolution's output y is kept, and its gradient is formed where the backward convolutions load y:
-    dY = dz*scale + grad_mean/M + 2*grad_var/M * (y - y_mean). Folded (a 1x1 convolution in training), y never exists:
-        G = dz^T a,  grad_bias = sum dz,  G0 = G - grad_bias a_mean^T        (K, C)
-        grad_weight_bn = invstd * rowsum(G0 * W)
-        c1 = scale * invstd * grad_weight_bn / M
-        grad_W = scale*G0 - c1*M * (W Cov(a))
-        Q = W^T diag(c1) W,  da = dz (scale*W) - a Q + (a_mean^T Q - (grad_bias/M)^T (scale*W))
+    The convolution's output y is kept, and its gradient is formed where the backward convolutions load y:
+    dY = dz*scale + grad_mean/M + 2*grad_var/M * (y - y_mean).
     """
 
     @staticmethod
@@ -152,52 +154,54 @@ class ConvNormActFunction(torch.autograd.Function):
         pairs: Pairs,
         relu_x: bool,
         relu: bool,
-        fold: bool,
-    ) -> Tensor:
-        source, r = Raw(x, affine, mean), Raw(residual, residual_affine, residual_mean)  # type: ignore[arg-type]
-        ctx.options = bn.training, bn.eps, pairs, relu_x, relu, fold
-        ctx.has_residual = residual is not None
-        raw = r if residual_affine is not None else Raw(None)  # type: ignore[arg-type]
-        inputs = (x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *raw)
-        if fold:
-            folded = fold_weight(source, weight, conv_bias, bn, relu_x)
-            as_conv = folded.weight[:, :, None, None]
-            out = ops.conv_act(x, affine, mean, relu_x, as_conv, None, folded.shift, *r, relu, *pairs)
-            statistics = folded.statistics
-            kept = (out if relu else None, folded.weight, folded.a_mean, folded.product)
-            ctx.save_for_backward(*inputs, statistics.var, statistics.scale, *kept)
-            return out
-        y, statistics = _convolve(source, weight, conv_bias, bn, pairs, relu_x)
+        moments: bool,
+    ) -> Any:
+        r = Raw(residual, residual_affine, residual_mean)  # type: ignore[arg-type]
+        y, statistics = _convolve(Raw(x, affine, mean), weight, conv_bias, bn, pairs, relu_x)
         y_affine = statistics.affine(bn)
         # the shift that backward's kernels compute from y_affine: the same bits, so the same mask
         own = scale_shift(Raw(y, y_affine, statistics.mean))
-        out = ops.scale_shift_act(y, *own, residual, *scale_shift(raw), relu)
-        kept_mask = out if relu and ctx.has_residual and raw.affine is None else None
-        ctx.save_for_backward(*inputs, statistics.var, statistics.scale, y, statistics.mean, y_affine, kept_mask)
-        return out
+        raw = r if residual_affine is not None else Raw(None)  # type: ignore[arg-type]
+        arguments = (y, *own, residual, *scale_shift(raw), relu)
+        if moments:
+            out, out_mean, out_var = ops.scale_shift_act_moments(*arguments)
+        else:
+            out, out_mean, out_var = ops.scale_shift_act(*arguments), None, None
+        masks = relu and residual is not None and raw.affine is None
+        inputs = (x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *(r if moments else raw))
+        ctx.save_for_backward(
+            *inputs, statistics.var, y, statistics.mean, y_affine, out if masks or moments else None, out_mean
+        )
+        ctx.options = bn.training, bn.eps, pairs, relu_x, relu, masks
+        ctx.has_residual = residual is not None
+        ctx.set_materialize_grads(False)
+        return (out, out_mean, out_var) if moments else out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grads: Any
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         if _recorded():
-            grads = _conv_norm_act_double_backward(ctx, grad_out)
-        elif ctx.options[-1]:
-            grads = folded_backward(ctx, grad_out)
+            grads: Any = _conv_norm_act_double_backward(ctx, grad_out, grad_mean, grad_var)
         else:
-            grads = _direct_backward(ctx, grad_out)
+            grads = _conv_norm_act_backward(
+                ctx, _through_moments(grad_out, grad_mean, grad_var, *ctx.saved_tensors[-2:])
+            )
         x, affine, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine = grads
         return (
             x, affine, None, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine, None, *[None] * 5
         )  # fmt: skip
 
 
-def _direct_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _conv_norm_act_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = ctx.saved_tensors
-    var, scale, y, y_mean, y_affine, out = rest[3:]
-    raw = Raw(*rest[:3])
-    training, eps, pairs, relu_x, relu, _ = ctx.options
+    var, y, y_mean, y_affine, out, _ = rest[3:]
+    training, eps, pairs, relu_x, relu, masks = ctx.options
+    raw = Raw(*rest[:3]) if rest[1] is not None else Raw(None)  # type: ignore[arg-type]
+    out = out if masks else None
     grad_out = _laid_out_as(grad_out, y)
     _, shift = scale_shift(Raw(y, y_affine, y_mean))
+    scale = y_affine[1]
     raw_scale, raw_shift = scale_shift(raw)
     sums, dz = ops.scale_shift_act_backward_reduce(
         grad_out, y, scale, shift, y_mean, raw.x, raw_scale, raw_shift, raw.mean, out, relu
@@ -234,19 +238,22 @@ def _direct_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _conv_norm_act_double_backward(ctx: Any, grad_out: Tensor) -> list[Tensor | None]:
+def _conv_norm_act_double_backward(
+    ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+) -> list[Tensor | None]:
     x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = ctx.saved_tensors
-    raw, var = Raw(*rest[:3]), rest[3]
-    training, eps, pairs, relu_x, relu, fold = ctx.options
-    frozen = (None, None) if training else (rest[6], var)
-    out = rest[5] if fold else rest[8]
-    plain = ctx.has_residual and raw.affine is None
+    raw, (var, y, y_mean, _, out, _) = Raw(*rest[:3]), rest[3:]
+    training, eps, pairs, relu_x, relu, _ = ctx.options
+    frozen = (None, None) if training else (y_mean, var)
+    plain = ctx.has_residual and raw.x is None
+    grad_out = torch.zeros_like(y) if grad_out is None else grad_out
     if plain and relu:  # the residual itself is not kept: its gradient and the mask come from the output
-        grad_out = torch.where(out.detach() <= 0, 0, grad_out)
+        grad_out = _masked(grad_out, out)
+    through = grad_mean is not None or grad_var is not None
 
     def forward(
         x: Tensor, affine: Any, weight: Tensor, conv_bias: Any, bn_weight: Any, bn_bias: Any, r: Any, r_affine: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         bias = None if conv_bias is None else conv_bias - conv_bias.detach()
         conv = Conv2dParameters(weight, bias, *pairs)
         bn = BatchNorm2dParameters(frozen[0], frozen[1], bn_weight, bn_bias, training, eps=eps)
@@ -254,13 +261,88 @@ def _conv_norm_act_double_backward(ctx: Any, grad_out: Tensor) -> list[Tensor | 
         z = reference.conv_bn_act(a, conv, bn, activation="identity")
         if r is not None:
             z = z + reference.normalized(r, r_affine, raw.mean, "identity")
-        return reference.activate(z, "relu" if relu and not plain else "identity")
+        z = reference.activate(z, "relu" if relu and not plain else "identity")
+        return z, *(reference.moments(z) if through else ())
 
     inputs = [x, affine, weight, conv_bias, bn_weight, bn_bias, raw.x, raw.affine]
-    grads = _differentiate(forward, inputs, grad_out)
+    zeros = torch.zeros_like(var)
+    more = [zeros if g is None else g for g in (grad_mean, grad_var)] if through else []
+    grads = _differentiate(forward, inputs, (grad_out, *more))
     if plain:
         grads[6] = grad_out
     return grads
+
+
+class ConvAddFunction(torch.autograd.Function):
+    """(out, mean, var): out = conv(a) + r, a = act((x - mean)*scale + bias), r absent or residual, and its moments.
+
+    The closing unit of a pre-activation block: whoever normalises out next needs no pass for its statistics.
+    grad_residual = grad_out + grad_mean/M + 2*grad_var/M * (out - mean) is the convolution's incoming gradient, too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        affine: Tensor | None,
+        mean: Tensor | None,
+        weight: Tensor,
+        conv_bias: Tensor | None,
+        residual: Tensor | None,
+        pairs: Pairs,
+        relu_x: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift = torch.zeros(weight.shape[0], device=x.device) if conv_bias is None else conv_bias.float()
+        options = (residual, None, None, None, None, [1, 1], False)
+        out, out_mean, out_var = ops.conv_act(x, affine, mean, relu_x, weight, None, shift, *options, *pairs, True)
+        ctx.save_for_backward(x, affine, mean, weight, conv_bias, residual, out, out_mean)
+        ctx.options = pairs, relu_x
+        ctx.set_materialize_grads(False)
+        return out, out_mean, out_var
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, affine, mean, weight, conv_bias, _, out, out_mean = ctx.saved_tensors
+        pairs, relu_x = ctx.options
+        if _recorded():
+            grads = _conv_add_double_backward(ctx, grad_out, grad_mean, grad_var)
+            return (*grads[:2], None, *grads[2:], None, None)
+        grad = _laid_out_as(_through_moments(grad_out, grad_mean, grad_var, out, out_mean), out)
+        need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+        grad_x, grad_weight, sums = ops.conv_stats_backward(
+            grad, *[None] * 5, False, x, affine, mean, weight, relu_x, *pairs, None, need_x, need_weight
+        )
+        # the shortcut's reader writes over its gradient, so the caller's own tensor is not handed on
+        grad_residual = (grad.clone() if grad is grad_out else grad) if need_residual else None
+        return (
+            grad_x if need_x else None,
+            sums if affine is not None else None,
+            None,
+            grad_weight if need_weight else None,
+            _cast(grad.float().sum((0, 2, 3)), conv_bias) if need_bias else None,
+            grad_residual,
+            None,
+            None,
+        )
+
+
+def _conv_add_double_backward(
+    ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+) -> list[Tensor | None]:
+    x, affine, mean, weight, conv_bias, residual, out, out_mean = ctx.saved_tensors
+    pairs, relu_x = ctx.options
+
+    def forward(x: Tensor, affine: Any, weight: Tensor, conv_bias: Any, residual: Any) -> tuple[Tensor, ...]:
+        a = reference.normalized(x, affine, mean, "relu" if relu_x else "identity")
+        return reference.conv_add(a, Conv2dParameters(weight, conv_bias, *pairs), residual)
+
+    likes = (out, out_mean, out_mean)
+    grads = [
+        torch.zeros_like(v) if g is None else g for g, v in zip((grad_out, grad_mean, grad_var), likes, strict=True)
+    ]
+    return _differentiate(forward, [x, affine, weight, conv_bias, residual], grads)
 
 
 def conv_norm(
@@ -279,15 +361,16 @@ def conv_norm_act(
     relu_x: bool,
     relu: bool,
     *,
-    fold: bool,
-) -> Tensor:
-    """act(BN(conv(a)) + r) in one node; without gradients and with running statistics, in one pass."""
+    moments: bool = False,
+) -> Any:
+    """act(BN(conv(a)) + r) in one node, or this and its moments; frozen and without gradients, in one pass."""
     r = Raw(None) if residual is None else residual  # type: ignore[arg-type]
     tensors = (*x, conv.weight, conv.bias, bn.weight, bn.bias, *r)
     pairs = geometry(conv)
     if bn.training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return ConvNormActFunction.apply(*tensors, bn, pairs, relu_x, relu, fold and bn.training)
+        return ConvNormActFunction.apply(*tensors, bn, pairs, relu_x, relu, moments)
     statistics = Statistics.of_running(bn, conv.bias)
-    return ops.conv_act(
-        x.x, x.affine, x.mean, relu_x, conv.weight, statistics.scale, statistics.shift, *r, relu, *pairs
+    found = ops.conv_act(
+        *x, relu_x, conv.weight, statistics.scale, statistics.shift, *r, None, None, [1, 1], relu, *pairs, moments
     )
+    return found if moments else found[0]

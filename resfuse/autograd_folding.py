@@ -1,7 +1,8 @@
 """Train-time folding: batch normalisation in the weight of a 1x1 convolution before its only product is computed.
 
 The batch statistics of a 1x1 convolution follow from the mean and covariance of its input, so its output before the
-residual and the ReLU never exists, in either direction. The formulas are :class:`ConvNormActFunction`'s.
+residual and the ReLU never exists, in either direction. A projection shortcut is a second branch of the same product.
+The formulas are :class:`ExpandNormActFunction`'s.
 """
 
 from __future__ import annotations
@@ -11,27 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resfuse import ops
-from resfuse.autograd import _cast, _laid_out_as
-from resfuse.parameters import BatchNorm2dParameters
+from resfuse import ops, reference
+from resfuse.autograd import _cast, _differentiate, _laid_out_as, _masked, _recorded, _through_moments
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.raw import Pairs, Raw, Statistics, count, scale_shift, zeros_or
 
-
-class Folded(NamedTuple):
-    """Batch normalisation folded into a 1x1 convolution at training time: out = act(a weight^T + shift + r).
-
-    a_mean and product = W Cov(a) are kept for backward. `weight` is rounded to the activation's dtype, and shift is
-    taken from the rounded one, so that the mean of BN's output is exact whatever the mean of a.
-    """
-
-    statistics: Statistics
-    weight: Tensor  # (K, C), scale * W
-    shift: Tensor
-    a_mean: Tensor
-    product: Tensor  # (K, C)
-
-
 _UNIT: Pairs = ([1, 1], [0, 0], [1, 1])
+_NONE: tuple[None, ...] = (None,) * 9
 
 
 def _as_image(matrix: Tensor) -> Tensor:
@@ -41,79 +28,283 @@ def _as_image(matrix: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T of float32 matrices by the kernel that convolves."""
     shift = a.new_zeros(b.shape[0])
-    nothing = (None,) * 3
-    return ops.conv_act(_as_image(a), None, None, False, _as_image(b), None, shift, *nothing, False, *_UNIT).flatten(1)
+    options = (*_NONE[:5], [1, 1], False, *_UNIT, False)
+    return ops.conv_act(_as_image(a), None, None, False, _as_image(b), None, shift, *options)[0].flatten(1)
 
 
-def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b of float32 matrices by the kernel of weight gradients."""
-    like = _as_image(a.new_empty(a.shape[1], b.shape[1]))
-    options = (None,) * 5
+def _gram(grad: Tensor, a: Tensor, stride: list[int]) -> Tensor:
+    """grad^T a in float32, (K, C), over the pixels that a 1x1 convolution of this stride reads of a."""
+    like = torch.empty(grad.shape[1], a.shape[1], 1, 1, device=a.device)
+    pairs = (stride, [0, 0], [1, 1])
     return ops.conv_stats_backward(
-        _as_image(a), *options, False, _as_image(b), None, None, like, False, *_UNIT, None, False, True
-    )[1].flatten(1)
+        grad, *_NONE[:5], False, a, None, None, like, False, *pairs, None, False, True
+    )[1].flatten(1)  # fmt: skip
 
 
-def fold_weight(x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, relu: bool) -> Folded:
-    """Fold bn into weight for this input, and update the running statistics: :func:`reference.folded_weight`."""
-    a_mean, covariance = ops.second_moments(x.x, x.affine, x.mean, relu)
+class Branch(NamedTuple):
+    """One 1x1 convolution with its batch normalisation, folded for its input: act(a) weight^T + shift.
+
+    a_mean and product = W Cov(a) are kept for backward. `folded` is rounded to the activation's dtype, and shift is
+    taken from the rounded one, so that the mean of BN's output is exact whatever the mean of a.
+    """
+
+    x: Tensor
+    affine: Tensor | None
+    mean: Tensor | None
+    weight: Tensor
+    conv_bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    var: Tensor
+    scale: Tensor
+    folded: Tensor  # (K, C), scale * W
+    a_mean: Tensor
+    product: Tensor  # (K, C)
+
+
+_NO_BRANCH: tuple[None, ...] = (None,) * len(Branch._fields)
+
+
+def fold(
+    x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, relu: bool, stride: list[int]
+) -> tuple[Branch, Tensor]:
+    """Fold bn into weight for this input, and update the running statistics: :func:`reference.folded_weight`.
+
+    Returns:
+        tuple[Branch, Tensor]: what the product and backward need, and the shift.
+    """
+    a_mean, covariance = ops.second_moments(x.x, x.affine, x.mean, relu, stride)
     matrix = weight.flatten(1).float().contiguous()
     product = _product(matrix, covariance)
     var = (product * matrix).sum(1).clamp_min_(0)  # a sum of rounded terms may fall below
-    statistics = Statistics.of_batch((matrix * a_mean).sum(1), var, count(x.x), bn, conv_bias)
+    pixels = _pixels_read(x.x, stride)
+    statistics = Statistics.of_batch((matrix * a_mean).sum(1), var, pixels, bn, conv_bias)
     folded = (matrix * statistics.scale[:, None]).to(x.x.dtype)
     shift = zeros_or(bn.bias, a_mean) - (folded.float() * a_mean).sum(1)
-    return Folded(statistics, folded, shift, a_mean, product)
+    kept = (var, statistics.scale, folded, a_mean, product)
+    return Branch(*x, weight, conv_bias, bn.weight, bn.bias, *kept), shift
 
 
-def folded_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of ConvNormActFunction where it folded; the algebra is float32 wherever backward is called."""
-    with torch.autocast(grad_out.device.type, enabled=False):
-        return _folded_gradients(ctx, grad_out)
+def _pixels_read(x: Tensor, stride: list[int]) -> int:
+    return x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
 
 
-def _folded_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = ctx.saved_tensors
-    var, scale, out, folded, a_mean, product = rest[3:]
-    raw = Raw(*rest[:3])
-    _, eps, _, relu_x, _, _ = ctx.options
-    pixels = count(x)
-    grad_out = _laid_out_as(grad_out, out if out is not None else _like_output(x, grad_out))
-    dz, gram, grad_bias = ops.expand_bn_act_backward_weight(grad_out, out, x, affine, mean, relu_x)
-    matrix = weight.flatten(1).float().contiguous()
-    invstd = torch.rsqrt(var + eps)
-    centered = gram - torch.outer(grad_bias, a_mean)
-    grad_weight_bn = invstd * (centered * matrix).sum(1)
-    slope = scale * invstd * grad_weight_bn
-    grad_weight = None
-    if ctx.needs_input_grad[3]:
-        grad_weight = torch.addcmul(centered * scale[:, None], product, slope[:, None], value=-1)
-        grad_weight = torch.empty_like(weight).copy_(grad_weight[:, :, None, None])
-    grad_x = sums = None
-    if ctx.needs_input_grad[0]:
-        correction = _gram(matrix * (slope / -pixels)[:, None], matrix)  # -Q
-        rounded = correction.to(x.dtype).float()
-        row = -(rounded * a_mean[:, None]).sum(0) - (folded.float() * (grad_bias / pixels)[:, None]).sum(0)
-        grad_x, sums = ops.expand_bn_act_backward_input(dz, x, affine, mean, relu_x, folded, correction, row)
-    grad_residual, grad_raw_affine = dz if ctx.has_residual else None, None
-    if raw.affine is not None:
-        raw_scale, raw_shift = scale_shift(raw)
-        vectors = (raw_scale, raw_shift, raw.mean)
-        raw_sums, _ = ops.scale_shift_act_backward_reduce(dz, raw.x, *vectors, *[None] * 5, False)
-        grad_residual, _ = ops.scale_shift_act_backward_apply(dz, raw.x, *vectors, *[None] * 8, False)
-        grad_raw_affine = raw_sums
-    return (
+class BranchGradients(NamedTuple):
+    """The gradients of a branch's tensors, None where there is no such tensor or nobody asks."""
+
+    x: Tensor | None
+    affine: Tensor | None
+    weight: Tensor | None
+    conv_bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+
+
+def _branch_gradients(
+    branch: Branch,
+    dz: Tensor,
+    gram: Tensor,
+    grad_bias: Tensor,
+    eps: float,
+    relu: bool,
+    stride: list[int],
+    need_x: bool,
+    need_weight: bool,
+) -> BranchGradients:
+    pixels = count(dz)
+    matrix = branch.weight.flatten(1).float().contiguous()
+    invstd = torch.rsqrt(branch.var + eps)
+    centered = gram - torch.outer(grad_bias, branch.a_mean)
+    grad_bn_weight = invstd * (centered * matrix).sum(1)
+    slope = branch.scale * invstd * grad_bn_weight
+    grad_x = sums = grad_weight = None
+    if need_weight:
+        grad_weight = torch.addcmul(centered * branch.scale[:, None], branch.product, slope[:, None], value=-1)
+        grad_weight = torch.empty_like(branch.weight).copy_(grad_weight[:, :, None, None])
+    if need_x:
+        correction = _gram(_as_image(matrix * (slope / -pixels)[:, None]), _as_image(matrix), [1, 1])  # -Q
+        rounded = correction.to(branch.x.dtype).float()
+        row = (branch.folded.float() * (grad_bias / -pixels)[:, None]).sum(0) - (rounded * branch.a_mean[:, None]).sum(
+            0
+        )
+        source = (branch.x, branch.affine, branch.mean)
+        grad_x, sums = ops.expand_bn_act_backward_input(dz, *source, relu, branch.folded, correction, row, stride)
+    return BranchGradients(
         grad_x,
-        sums if affine is not None else None,
+        sums if branch.affine is not None else None,
         grad_weight,
-        None if conv_bias is None else torch.zeros_like(conv_bias),
-        _cast(grad_weight_bn, bn_weight),
-        _cast(grad_bias, bn_bias),
-        grad_residual,
-        grad_raw_affine,
+        None if branch.conv_bias is None else torch.zeros_like(branch.conv_bias),
+        _cast(grad_bn_weight, branch.bn_weight),
+        _cast(grad_bias.clone(), branch.bn_bias),  # two parameters share no memory
     )
+
+
+class ExpandNormActFunction(torch.autograd.Function):
+    """out = act(BN(conv(a)) + r) with a 1x1 convolution in training, a = act((x - mean)*scale + bias), and r absent,
+    residual, a raw residual normalised, or BN_r(conv_r(shortcut)), a projection; optionally the moments of out.
+
+    With W' = scale*W and M pixels, forward is one product: out = act([a | shortcut] [W' | W'_r]^T + shift + r).
+    Backward, for each branch, dz = grad_out where out is active, (grad_bias = sum dz):
+        G = dz^T a,  G0 = G - grad_bias a_mean^T        (K, C)
+        grad_weight_bn = invstd * rowsum(G0 * W)
+        c1 = scale * invstd * grad_weight_bn / M
+        grad_W = scale*G0 - c1*M * (W Cov(a))
+        Q = W^T diag(c1) W,  da = dz W' - a Q + (a_mean^T Q - (grad_bias/M)^T W')
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        affine: Tensor | None,
+        mean: Tensor | None,
+        weight: Tensor,
+        conv_bias: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        residual: Tensor | None,
+        residual_affine: Tensor | None,
+        residual_mean: Tensor | None,
+        shortcut: Tensor | None,
+        shortcut_weight: Tensor | None,
+        shortcut_conv_bias: Tensor | None,
+        shortcut_bn_weight: Tensor | None,
+        shortcut_bn_bias: Tensor | None,
+        bn: BatchNorm2dParameters,
+        shortcut_bn: BatchNorm2dParameters | None,
+        stride: list[int],
+        relu_x: bool,
+        relu: bool,
+        moments: bool,
+    ) -> Any:
+        main, shift = fold(Raw(x, affine, mean), weight, conv_bias, bn, relu_x, [1, 1])
+        branch: Any = _NO_BRANCH
+        second: tuple[Tensor | None, ...] = (None, None)
+        if shortcut is not None:
+            assert shortcut_weight is not None and shortcut_bn is not None
+            branch, more = fold(Raw(shortcut), shortcut_weight, shortcut_conv_bias, shortcut_bn, False, stride)
+            second, shift = (shortcut, _as_image(branch.folded)), shift + more
+        r = (residual, residual_affine, residual_mean)
+        out, out_mean, out_var = ops.conv_act(
+            x, affine, mean, relu_x, _as_image(main.folded), None, shift, *r, *second, stride, relu, *_UNIT, moments
+        )
+        # a plain residual is not kept: its gradient is dz, the mask comes from the output
+        kept = r if moments or residual_affine is not None else (None, None, None)
+        ctx.save_for_backward(*main, *branch, *kept, out if relu or moments else None, out_mean if moments else None)
+        ctx.options = bn.eps, None if shortcut_bn is None else shortcut_bn.eps, stride, relu_x, relu
+        ctx.has_residual = residual is not None
+        ctx.set_materialize_grads(False)
+        return (out, out_mean, out_var) if moments else out
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        if _recorded():
+            return (*_double_backward(ctx, grad_out, grad_mean, grad_var), *[None] * 6)
+        width = len(Branch._fields)
+        main, tensors = Branch(*ctx.saved_tensors[:width]), ctx.saved_tensors[width:]
+        shortcut = Branch(*tensors[:width]) if tensors[0] is not None else None
+        raw, (out, out_mean) = Raw(*tensors[width : width + 3]), tensors[width + 3 :]
+        eps, shortcut_eps, stride, relu_x, relu = ctx.options
+        need = ctx.needs_input_grad
+        # the algebra is float32 wherever backward is called
+        with torch.autocast(main.x.device.type, enabled=False):
+            grad_out = _through_moments(grad_out, grad_mean, grad_var, out, out_mean)
+            grad_out = _laid_out_as(grad_out, out if out is not None else _like_output(main.x, grad_out))
+            source = (main.x, main.affine, main.mean)
+            dz, gram, grad_bias = ops.expand_bn_act_backward_weight(grad_out, out if relu else None, *source, relu_x)
+            own = _branch_gradients(main, dz, gram, grad_bias, eps, relu_x, [1, 1], need[0], need[3])
+            other: Any = (None,) * len(BranchGradients._fields)
+            if shortcut is not None:
+                other = _branch_gradients(
+                    shortcut,
+                    dz,
+                    _gram(dz, shortcut.x, stride),
+                    grad_bias,
+                    shortcut_eps,
+                    False,
+                    stride,
+                    need[10],
+                    need[11],
+                )
+            residual = _raw_gradients(dz, raw) if raw.affine is not None else (dz if ctx.has_residual else None, None)
+        return (*own[:2], None, *own[2:], *residual, None, other[0], *other[2:], *[None] * 6)
+
+
+def _raw_gradients(dz: Tensor, raw: Raw) -> tuple[Tensor, Tensor]:
+    """The gradients of a raw residual and of its affine."""
+    vectors = (*scale_shift(raw), raw.mean)
+    sums, _ = ops.scale_shift_act_backward_reduce(dz, raw.x, *vectors, *_NONE[:5], False)
+    grad_residual, _ = ops.scale_shift_act_backward_apply(dz, raw.x, *vectors, *_NONE[:8], False)
+    return grad_residual, sums
 
 
 def _like_output(x: Tensor, grad_out: Tensor) -> Tensor:
     """An activation with the layout and dtype of a folded unit's output."""
     return torch.empty(grad_out.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _double_backward(
+    ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+) -> list[Tensor | None]:
+    width = len(Branch._fields)
+    main, tensors = Branch(*ctx.saved_tensors[:width]), ctx.saved_tensors[width:]
+    branch, raw, out = tensors[:width], Raw(*tensors[width : width + 3]), tensors[width + 3]
+    eps, shortcut_eps, stride, relu_x, relu = ctx.options
+    plain = ctx.has_residual and raw.x is None
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if plain and relu:
+        grad_out = _masked(grad_out, out)
+
+    def folded(x: Tensor, tensors: Any, eps: float, stride: Any) -> Tensor:
+        weight, conv_bias, bn_weight, bn_bias = tensors
+        bias = None if conv_bias is None else conv_bias - conv_bias.detach()
+        bn = BatchNorm2dParameters(None, None, bn_weight, bn_bias, True, eps=eps)
+        return reference.conv_bn_act(x, Conv2dParameters(weight, bias, stride), bn, activation="identity")
+
+    def forward(x: Tensor, affine: Any, *others: Any) -> tuple[Tensor, ...]:
+        a = reference.normalized(x, affine, main.mean, "relu" if relu_x else "identity")
+        z = folded(a, others[:4], eps, 1)
+        if others[4] is not None:
+            z = z + reference.normalized(others[4], others[5], raw.mean, "identity")
+        if others[6] is not None:
+            z = z + folded(others[6], others[7:], shortcut_eps, stride)
+        z = reference.activate(z, "relu" if relu and not plain else "identity")
+        return z, *(reference.moments(z) if grad_mean is not None or grad_var is not None else ())
+
+    inputs = [*main[:2], *main[3:7], raw.x, raw.affine, branch[0], *branch[3:7]]
+    incoming: tuple[Tensor, ...] = (grad_out,)
+    if grad_mean is not None or grad_var is not None:
+        like = main.var.detach()
+        incoming += tuple(torch.zeros_like(like) if g is None else g for g in (grad_mean, grad_var))
+    grads = _differentiate(forward, inputs, incoming)
+    if plain:
+        grads[6] = grad_out
+    return [*grads[:2], None, *grads[2:8], None, *grads[8:]]
+
+
+def expand_norm_act(
+    x: Raw,
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    bn: BatchNorm2dParameters,
+    residual: Raw | None,
+    shortcut: tuple[Tensor, Conv2dParameters, BatchNorm2dParameters] | None,
+    stride: list[int],
+    relu_x: bool,
+    relu: bool,
+    *,
+    moments: bool = False,
+) -> Any:
+    """act(BN(conv(a)) + r), folded: out, or out and its moments, by :class:`ExpandNormActFunction`."""
+    r = (None, None, None) if residual is None else residual
+    branch: tuple[Any, ...] = (None,) * 5
+    shortcut_bn = None
+    if shortcut is not None:
+        input_, conv, shortcut_bn = shortcut
+        branch = (input_, conv.weight, conv.bias, shortcut_bn.weight, shortcut_bn.bias)
+    return ExpandNormActFunction.apply(
+        *x, weight, conv_bias, bn.weight, bn.bias, *r, *branch, bn, shortcut_bn, stride, relu_x, relu, moments
+    )

@@ -66,13 +66,15 @@ SCHEMAS = (
     "int[2] stride, int[2] padding, int[2] dilation, Tensor(a!) other, bool need_weight) "
     "-> (Tensor grad_weight, Tensor sums)",
     "conv_act(Tensor x, Tensor? affine, Tensor? mean, bool relu_x, Tensor weight, Tensor? scale, Tensor shift, "
-    "Tensor? residual, Tensor? residual_affine, Tensor? residual_mean, bool relu, int[2] stride, "
-    "int[2] padding, int[2] dilation) -> Tensor",
-    "second_moments(Tensor x, Tensor? affine, Tensor? mean, bool relu) -> (Tensor a_mean, Tensor covariance)",
+    "Tensor? residual, Tensor? residual_affine, Tensor? residual_mean, Tensor? branch, Tensor? branch_weight, "
+    "int[2] branch_stride, bool relu, int[2] stride, int[2] padding, int[2] dilation, bool moments) "
+    "-> (Tensor out, Tensor out_mean, Tensor out_var)",
+    "second_moments(Tensor x, Tensor? affine, Tensor? mean, bool relu, int[2] stride) "
+    "-> (Tensor a_mean, Tensor covariance)",
     "expand_bn_act_backward_weight(Tensor grad_out, Tensor? out, Tensor x, Tensor? affine, Tensor? mean, bool relu) "
     "-> (Tensor dz, Tensor product, Tensor sums)",
     "expand_bn_act_backward_input(Tensor dz, Tensor x, Tensor? affine, Tensor? mean, bool relu, Tensor weight, "
-    "Tensor correction, Tensor row) -> (Tensor grad_x, Tensor sums)",
+    "Tensor correction, Tensor row, int[2] stride) -> (Tensor grad_x, Tensor sums)",
 )
 
 _library = torch.library.Library("resfuse", "DEF")
@@ -163,8 +165,11 @@ def _fake_conv_stats_backward_(grad_y: Tensor, *rest: Any) -> tuple[Tensor, Tens
     return _fake_conv_stats_backward(grad_y, *rest[:-1], True, rest[-1])[1:]
 
 
-def _fake_conv_act(x: Tensor, affine: Any, mean: Any, relu_x: bool, weight: Tensor, *rest: Any) -> Tensor:
-    return _convolved(x, weight, *rest[-3:])
+def _fake_conv_act(
+    x: Tensor, affine: Any, mean: Any, relu_x: bool, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = weight.shape[0] if rest[-1] else 0
+    return _convolved(x, weight, *rest[-4:-1]), _vector(x, size), _vector(x, size)
 
 
 def _fake_expand_weight(grad_out: Tensor, out: Any, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

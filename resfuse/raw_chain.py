@@ -7,12 +7,14 @@ block's output is stored activated. Arguments have been checked by :mod:`resfuse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resfuse._calls import autocasts, bump_versions, serving_backend
 from resfuse.autograd_conv import conv_norm, conv_norm_act
+from resfuse.autograd_folding import expand_norm_act
 from resfuse.backends import folds, why_not_raw
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.raw import Raw, as_pair
@@ -58,31 +60,63 @@ def _as_input(x: Tensor) -> Tensor:
 
 
 def _is_pointwise(conv: Conv2dParameters) -> bool:
-    ones = ((1, 1), (1,), 1)
-    return tuple(conv.weight.shape[2:]) == (1, 1) and conv.stride in ones and conv.padding in (0, (0, 0), (0,), "same")
+    padded = conv.padding not in (0, (0, 0), (0,), "same", "valid")
+    return tuple(conv.weight.shape[2:]) == (1, 1) and conv.groups == 1 and not padded
+
+
+def _folds(x: Tensor, layer: Layer, folding: bool | None) -> bool:
+    """Whether this convolution of x folds: it is 1x1, its statistics are the batch's, and the rule or the caller says.
+
+    The caller decides for a strided one, too: a projection's.
+    """
+    conv, bn = layer
+    if not (bn.training and _is_pointwise(conv)):
+        return False
+    pixels = x.shape[0]
+    for size, step in zip(x.shape[2:], as_pair(conv.stride), strict=True):
+        pixels *= -(-size // step)
+    return folds(conv.weight.shape[1], conv.weight.shape[0], pixels, folding)
 
 
 def _close(
     x: Raw,
     layer: Layer,
-    residual: Raw | None,
+    shortcut: Tensor | None,
+    projection: Layer | None,
     relu_x: bool,
     relu: bool,
     folding: bool | None,
-) -> Tensor:
-    """A block's last convolution with its normalisation, residual and activation."""
+    moments: bool,
+) -> Any:
+    """A block's last convolution with its normalisation, shortcut and activation; optionally the moments of its output.
+
+    A projection's statistics are the shortcut's own; where both convolutions fold, they are one product.
+    """
     conv, bn = layer
-    pixels = x.x.shape[0] * x.x.shape[2] * x.x.shape[3]
-    fold = _is_pointwise(conv) and folds(conv.weight.shape[1], conv.weight.shape[0], pixels, folding)
-    return conv_norm_act(x, conv, bn, residual, relu_x, relu, fold=fold)
+    if set(as_pair(conv.stride)) == {1} and _folds(x.x, layer, folding):
+        if projection is not None and shortcut is not None and _folds(shortcut, projection, folding):
+            stride, branch, residual = as_pair(projection[0].stride), (shortcut, *projection), None
+        else:
+            stride, branch, residual = [1, 1], None, _residual(shortcut, projection)
+        return expand_norm_act(
+            x, conv.weight, conv.bias, bn, residual, branch, stride, relu_x, relu, moments=moments
+        )  # fmt: skip
+    return conv_norm_act(x, conv, bn, _residual(shortcut, projection), relu_x, relu, moments=moments)
+
+
+def _residual(shortcut: Tensor | None, projection: Layer | None) -> Raw | None:
+    """What a block's last pass adds: nothing, a tensor, or the raw output of a projection."""
+    if shortcut is None or projection is None:
+        return None if shortcut is None else Raw(shortcut)
+    return _step(Raw(shortcut), *projection, False)[0]
 
 
 def conv_bn_act(x: Tensor, layer: Layer, residual: Tensor | None, activation: str) -> Tensor:
     """act(BN(conv(x)) + residual)."""
-    r = None if residual is None else Raw(_as_input(residual))
+    r = None if residual is None else _as_input(residual)
     x = _as_input(x)
     with torch.autocast(x.device.type, enabled=False):
-        out = _close(Raw(x), layer, r, False, activation == "relu", False)
+        out = _close(Raw(x), layer, r, None, False, activation == "relu", False, False)
     bump_versions(layer[1])
     return out
 
@@ -93,32 +127,30 @@ def residual_chain(
     shortcut: Tensor | Layer | None,
     activation: str,
     folding: bool | None,
-) -> Tensor:
-    """act(BN(conv(... act(BN(conv(x))) ...)) + shortcut)."""
+    moments: bool = False,
+) -> Any:
+    """act(BN(conv(... act(BN(conv(x))) ...)) + shortcut); with `moments`, (out, mean, var)."""
     relu = activation == "relu"
     x = _as_input(x)
+    projection = shortcut if isinstance(shortcut, tuple) else None
     added = _as_input(shortcut) if isinstance(shortcut, Tensor) else None
-    norms = [bn for _, bn in layers]
     with torch.autocast(x.device.type, enabled=False):
-        frozen = not torch.is_grad_enabled() and not any(bn.training for bn in norms)
-        step = _frozen_step if frozen else conv_norm
         y, through = Raw(x), x
         for i, (conv, bn) in enumerate(layers[:-1]):
-            needs_through = i == 0 and added is None and x.requires_grad
-            y, passed = step(y, conv, bn, relu, through=needs_through)
-            through = passed if needs_through else through
-        if isinstance(shortcut, tuple):
-            norms.append(shortcut[1])
-            residual, _ = step(Raw(through), *shortcut, False)
-        else:
-            residual = Raw(through if added is None else added)
-        out = _close(y, layers[-1], residual, relu, relu, folding)
-    bump_versions(*norms)
+            y, passed = _step(y, conv, bn, relu, through=i == 0 and added is None and x.requires_grad)
+            through = passed if i == 0 else through
+        out = _close(y, layers[-1], through if added is None else added, projection, relu, relu, folding, moments)
+    bump_versions(*[bn for _, bn in layers], *([] if projection is None else [projection[1]]))
     return out
 
 
-def _frozen_step(
+def _step(
     x: Raw, conv: Conv2dParameters, bn: BatchNorm2dParameters, relu: bool, *, through: bool = False
 ) -> tuple[Raw, Tensor]:
-    """Inference: the convolution with folded weight and activation, nothing left for the reader."""
-    return Raw(conv_norm_act(x, conv, bn, None, False, relu, fold=False)), x.x
+    """A convolution and what normalises its output, and x for a shortcut (see :func:`autograd_conv.conv_norm`).
+
+    In inference the normalisation is folded into the weight and the output activated: nothing is left for its reader.
+    """
+    if bn.training or torch.is_grad_enabled():
+        return conv_norm(x, conv, bn, relu, through=through)
+    return Raw(conv_norm_act(x, conv, bn, None, relu, relu)), x.x

@@ -220,6 +220,14 @@ def conv_norm(
     return y, torch.stack([bias, scale]), y_mean.detach()
 
 
+def conv_add(x: Tensor, conv: Conv2dParameters, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """out = conv(x) + residual, and its moments: how a pre-activation block ends."""
+    out = _conv(x, conv)
+    if residual is not None:
+        out = out + residual.to(out.dtype)
+    return out, *moments(out)
+
+
 def conv_bias_act(
     x: Tensor, conv: Conv2dParameters, residual: Tensor | None = None, activation: str = "relu"
 ) -> Tensor:

@@ -152,7 +152,7 @@ def test_explain_says_who_convolves_and_fuse_takes_folding():
         resfuse.fuse(model, folding=folding)
         assert resfuse.explain(model).blocks[0].convolutions == how
         assert f"fused, convolutions by {how}" in str(resfuse.explain(model))
-        assert model(x).grad_fn.options[-1] == (folding is not False)
+        assert model(x).grad_fn.name().startswith("Expand" if folding is not False else "Conv")
     model.double()
     assert "float64" in resfuse.explain(model).blocks[0].convolutions
     resfuse.unfuse(model)

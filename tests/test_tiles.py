@@ -129,8 +129,48 @@ def test_conv_act(dtype, conv, kind):
     if residual is not None:
         wide = [None if t is None else t.double() for t in (residual, r_affine, r_mean)]
         z = z + reference.normalized(*wide, "identity")
-    out = ops.conv_act(x, affine, mean, True, weight, scale, shift, residual, r_affine, r_mean, True, *pairs)
+    options = (residual, r_affine, r_mean, None, None, [1, 1], True, *pairs)
+    out, *nothing = ops.conv_act(x, affine, mean, True, weight, scale, shift, *options, False)
     assert_as_exact(out, F.relu(z).to(dtype), F.relu(z))
+    assert [t.numel() for t in nothing] == [0, 0]
+    again, out_mean, out_var = ops.conv_act(x, affine, mean, True, weight, scale, shift, *options, True)
+    assert torch.equal(out, again)
+    stored = out.double()
+    assert torch.allclose(out_mean.double(), stored.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(out_var.double(), stored.var((0, 2, 3), unbiased=False), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("stride", [[1, 1], [2, 2], [1, 3]], ids=str)
+@pytest.mark.parametrize("channels", [(64, 64, 256), (7, 21, 33), (1, 2, 3)], ids=str)
+@DTYPES
+def test_conv_act_with_a_branch(dtype, channels, stride):
+    """Two 1x1 convolutions of different inputs, one strided, are one product."""
+    first, second, out_channels = channels
+    height, width = 7, 9
+    x = image((3, first, height, width), dtype, "channels_last")
+    size = [(n - 1) * s + 1 + (s - 1) // 2 for n, s in zip((height, width), stride, strict=True)]
+    branch = image((3, second, *size), dtype, "channels_last")
+    weight, other = torch.randn(out_channels, first, 1, 1).to(dtype), torch.randn(out_channels, second, 1, 1).to(dtype)
+    shift = torch.randn(out_channels)
+    z = F.conv2d(x.double(), weight.double()) + F.conv2d(branch.double(), other.double(), None, stride)
+    z = z + shift[:, None, None]
+    out, out_mean, _ = ops.conv_act(
+        x, None, None, False, weight, None, shift, None, None, None, branch, other, stride, True, [1, 1], [0, 0],
+        [1, 1], True,
+    )  # fmt: skip
+    assert_as_exact(out, F.relu(z).to(dtype), F.relu(z))
+    assert torch.allclose(out_mean.double(), out.double().mean((0, 2, 3)), atol=1e-5)
+
+
+def test_a_branch_must_add_up():
+    x, branch = (image((2, 4, size, 6), layout="channels_last") for size in (6, 7))
+    weight, shift = torch.randn(5, 4, 1, 1), torch.zeros(5)
+    for bad, stride in ((branch, [1, 1]), (x, [2, 2]), (x.double(), [1, 1]), (x[:1], [1, 1])):
+        with pytest.raises(RuntimeError, match="branch"):
+            ops.conv_act(
+                x, None, None, False, weight, None, shift, None, None, None, bad, weight, stride, True, [1, 1], [0, 0],
+                [1, 1], False,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 10, 100])
@@ -138,7 +178,7 @@ def test_conv_act(dtype, conv, kind):
 def test_second_moments_do_not_cancel(dtype, ratio):
     """With mean/std up to 100 the covariance keeps its digits, as a sum of shifted products must."""
     x = (torch.randn(4, 33, 13, 11) + ratio).to(dtype).contiguous(memory_format=LAST)
-    mean, covariance = ops.second_moments(x, None, None, False)
+    mean, covariance = ops.second_moments(x, None, None, False, [1, 1])
     pixels = x.double().permute(0, 2, 3, 1).flatten(0, 2)
     exact = torch.cov(pixels.T, correction=0)
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3  # shifted values are rounded to bfloat16 again
@@ -148,10 +188,11 @@ def test_second_moments_do_not_cancel(dtype, ratio):
     assert torch.equal(covariance, covariance.T)
 
 
-def test_second_moments_behind_a_prologue():
-    x, affine, mean, _, _ = operands(CONVS["3x3"], torch.float32)
-    found_mean, covariance = ops.second_moments(x, affine, mean, True)
-    a = reference.normalized(x.double(), affine.double(), mean.double())
+@pytest.mark.parametrize("stride", [[1, 1], [2, 2], [3, 1]], ids=str)
+def test_second_moments_behind_a_prologue(stride):
+    x, affine, mean, _, _ = operands(CONVS["3x3-tall"], torch.float32)
+    found_mean, covariance = ops.second_moments(x, affine, mean, True, stride)
+    a = reference.normalized(x.double(), affine.double(), mean.double())[:, :, :: stride[0], :: stride[1]]
     pixels = a.permute(0, 2, 3, 1).flatten(0, 2)
     assert torch.allclose(found_mean.double(), pixels.mean(0), atol=1e-6)
     assert torch.allclose(covariance.double(), torch.cov(pixels.T, correction=0), atol=1e-6)
@@ -160,14 +201,15 @@ def test_second_moments_behind_a_prologue():
 class Bottleneck(Unit):
     """A unit whose last convolution is an expanding 1x1."""
 
-    def __init__(self, depth, channels, width, shortcut, **options):
-        super().__init__(depth, channels, width, "none", **options)
-        self.convs[depth - 1] = nn.Conv2d(width if depth > 1 else channels, channels, 1, bias=False)
-        self.norms[depth - 1] = nn.BatchNorm2d(channels)
+    def __init__(self, depth, channels, width, shortcut, *, out=None, stride=1, **options):
+        super().__init__(depth, channels, width, "none", stride=stride, **options)
+        out = channels if out is None else out
+        self.convs[depth - 1] = nn.Conv2d(width if depth > 1 else channels, out, 1, bias=False)
+        self.norms[depth - 1] = nn.BatchNorm2d(out)
         self.shortcut = shortcut
         if shortcut == "projection":
-            self.convs.append(nn.Conv2d(channels, channels, 1, bias=False))
-            self.norms.append(nn.BatchNorm2d(channels))
+            self.convs.append(nn.Conv2d(channels, out, 1, stride, bias=False))
+            self.norms.append(nn.BatchNorm2d(out))
         for bn in self.norms:
             randomise(bn)
 
@@ -197,6 +239,17 @@ def test_folding(shape, shortcut, folding):
     unit = Bottleneck(3, shape[1], max(shape[1] // 4, 3), shortcut)
     residual = image(shape, layout="channels_last") if shortcut == "tensor" else None
     check_folding(unit, image(shape, layout="channels_last"), residual, folding=folding)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("channels", [(64, 256), (13, 70)], ids=str)
+def test_folding_a_projection(channels, stride):
+    """A projection that widens and strides is a branch of the closing product: its own output never exists."""
+    unit = Bottleneck(3, channels[0], channels[0] // 4 + 1, "projection", stride=stride, out=channels[1])
+    x = image((3, channels[0], 8, 11), layout="channels_last")
+    check_folding(unit, x, folding=True)
+    kept = kept_images(lambda: native(unit, leaf(x), folding=True))
+    assert kept.count(channels[1]) == 1, "of the output's width, the output alone is kept"
 
 
 @pytest.mark.parametrize("folding", [True, False])
@@ -253,10 +306,11 @@ def test_a_convolution_with_bias(folding, training):
         assert torch.allclose(a, b, rtol=1e-4), name
 
 
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
 @pytest.mark.parametrize("folding", [True, False])
-def test_double_backward(folding):
+def test_double_backward(folding, shortcut):
     """Second derivatives are those of the reference."""
-    unit, values = Bottleneck(3, 12, 5, "identity"), image((3, 12, 4, 4), layout="channels_last")
+    unit, values = Bottleneck(3, 12, 5, shortcut), image((3, 12, 4, 4), layout="channels_last")
     results = []
     for call in (partial(native, folding=folding), partial(fused, module=reference)):
         own, x = copy.deepcopy(unit), leaf(values)
@@ -282,10 +336,8 @@ def test_bits_do_not_depend_on_threads(dtype, shape, threads):
         assert all(torch.equal(a, b) for a, b in zip(found[0].values(), other.values(), strict=True))
 
 
-@pytest.mark.parametrize("folding", [True, False])
-def test_nothing_normalised_is_kept(folding):
-    """Kept are the input, the raw outputs of inner convolutions, and the block's output; folded, not its last y."""
-    unit, x = Bottleneck(3, 64, 16, "identity"), leaf(image((4, 64, 8, 8), layout="channels_last"))
+def kept_images(call):
+    """The channels of every activation that a call keeps for backward, its output among them; each memory once."""
     kept = {}
 
     def pack(tensor):
@@ -293,10 +345,17 @@ def test_nothing_normalised_is_kept(folding):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = native(unit, x, folding=folding)
-    images = [t for t in kept.values() if t.dim() == 4 and t.shape[2:] == x.shape[2:]]
-    assert sorted(t.shape[1] for t in images) == [16, 16, 64, 64] + [64] * (not folding)
-    assert out.untyped_storage().data_ptr() in kept
+        out = call()
+    return sorted(t.shape[1] for t in kept.values() if t.dim() == 4 and t.shape[0] == out.shape[0])
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+@pytest.mark.parametrize("folding", [True, False])
+def test_nothing_normalised_is_kept(folding, shortcut):
+    """Kept are the input, the raw outputs of convolutions, and the output, the mask of a plain shortcut; folded, the
+    input, the raw outputs of inner convolutions and the output."""
+    unit, x = Bottleneck(3, 64, 16, shortcut), leaf(image((4, 64, 8, 8), layout="channels_last"))
+    assert kept_images(lambda: native(unit, x, folding=folding)) == [16, 16, 64, 64] + [64] * (not folding)
 
 
 CASES = {
@@ -310,14 +369,21 @@ CASES = {
         torch.randn(3, 5, 7, 9).to(memory_format=LAST), None, None, None, None, None, False, x, None, None, w, True,
         *p, torch.randn_like(x), True,
     ),
-    "conv_act": lambda x, a, m, w, p: (x, a, m, True, w, None, torch.randn(5), None, None, None, True, *p),
-    "second_moments": lambda x, a, m, w, p: (x, a, m, True),
+    "conv_act": lambda x, a, m, w, p: (
+        x, a, m, True, w, None, torch.randn(5), *[None] * 5, [1, 1], True, *p, False,
+    ),
+    "conv_act with a branch": lambda x, a, m, w, p: (
+        x, a, m, True, w[:, :, :1, :1].contiguous(), None, torch.randn(5), *[None] * 3,
+        torch.randn(3, 6, 13, 17).to(memory_format=LAST), torch.randn(5, 6, 1, 1), [2, 2], True, [1, 1], [0, 0], [1, 1],
+        True,
+    ),
+    "second_moments": lambda x, a, m, w, p: (x, a, m, True, [2, 1]),
     "expand_bn_act_backward_weight": lambda x, a, m, w, p: (
         torch.randn(3, 5, 7, 9).to(memory_format=LAST), torch.randn(3, 5, 7, 9).to(memory_format=LAST), x, a, m, True,
     ),
     "expand_bn_act_backward_input": lambda x, a, m, w, p: (
         torch.randn(3, 5, 7, 9).to(memory_format=LAST), x, a, m, True, torch.randn(5, 3), torch.randn(3, 3),
-        torch.randn(3),
+        torch.randn(3), [1, 1],
     ),
 }  # fmt: skip
 

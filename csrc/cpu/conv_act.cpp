@@ -1,7 +1,9 @@
-// conv_act on the CPU by tiles: out = act(conv(act((x - mean)*scale_x + bias_x), weight*scale) + shift + r).
+// conv_act on the CPU by tiles: out = act(conv(act((x - mean)*scale_x + bias_x), weight*scale) + shift + r), where r is
+// absent, a residual, a raw residual normalised, or a 1x1 convolution of another activation: a branch.
 //
 // A convolution whose batch normalisation is folded into its weight, with its residual and activation: one pass over x
-// and out, and no other activation. It is inference, and the forward pass of train-time folding.
+// and out, and no other activation. It is inference, and the forward pass of train-time folding. A branch is more
+// columns of the same product: [a | branch] [weight | branch_weight]^T. The moments of out are summed on the way.
 #include "tiles/epilogue.h"
 
 namespace resfuse::cpu {
@@ -9,49 +11,118 @@ namespace resfuse::cpu {
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
+// A second activation, read as it is, and its weight (K, C) beside the first's.
 template <class T, class W>
-void conv_act_tiles(const ConvShape& shape, const Activation<T>& source, const W* weight, const WeightLayout& layout,
-                    const float* lane_scale, const ResidualAct<T>& epilogue) {
-  const Plan plan(shape, false, sizeof(T), kTilePixels, kPatchBytes);
-  const int64_t step = pixel_units<T>(shape.in_channels), units = ceil_div(shape.in_channels, kUnit<T>);
-  const Taps taps(plan, shape.width.kernel, units, step);
-  const unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, shape.width.kernel, false, lane_scale);
-  const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
-    fill_patch<T>(plan, tile, source, 0, shape.in_channels, reinterpret_cast<T*>(patch), step * kUnit<T>);
-  };
-  const Slabs512 slabs(plan.tiles(), ceil_div(shape.out_channels, kPanel));
-  run_tiles<T>(
-      plan, taps, packed, plan.patch_pixels() * step, slabs, fill,
-      [&](const Tile& tile, Prefetcher& to) { prefetch_tile(plan, tile, source, to); }, epilogue);
-}
+struct Branch {
+  ConvShape shape;
+  Activation<T> source;
+  WeightView<W> weight;
+
+  bool unit_stride() const { return shape.height.stride == 1 && shape.width.stride == 1; }
+};
+
+// A product's operands, tiles and memory. Without a branch, `second` is not read.
+template <class T, class W>
+struct ConvAct {
+  const Plan plan, second;
+  const int64_t step, second_step, second_begin;  // units between pixels of either patch; where the second patch begins
+  const Slabs512 slabs;
+
+  ConvAct(const ConvShape& shape, const Branch<T, W>* branch)
+      : plan(shape, false, sizeof(T), kTilePixels, kPatchBytes, branch == nullptr || branch->unit_stride()),
+        second(branch == nullptr ? plan : plan.beside({branch->shape, false, sizeof(T), kTilePixels, kPatchBytes})),
+        step(pixel_units<T>(shape.in_channels)),
+        second_step(branch == nullptr ? 0 : pixel_units<T>(branch->shape.in_channels)),
+        second_begin(plan.patch_pixels() * step),
+        slabs(plan.tiles(), ceil_div(shape.out_channels, kPanel)) {}
+
+  template <class E>
+  void run(const ConvShape& shape, const Activation<T>& source, const W* weight, const WeightLayout& layout,
+           const float* lane_scale, const Branch<T, W>* branch, const E& epilogue) const {
+    Taps taps(plan, shape.width.kernel, ceil_div(shape.in_channels, kUnit<T>), step);
+    int64_t branch_begin = 0;
+    if (branch != nullptr)
+      branch_begin = taps.append(second_begin, ceil_div(branch->shape.in_channels, kUnit<T>), second_step);
+    unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, shape.width.kernel, false, lane_scale);
+    if (branch != nullptr) pack_appended<T>(branch->weight, taps, branch_begin, packed);
+    const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
+      fill_patch<T>(plan, tile, source, 0, shape.in_channels, reinterpret_cast<T*>(patch), step * kUnit<T>);
+      if (branch != nullptr)
+        fill_patch<T>(second, tile, branch->source, 0, branch->shape.in_channels,
+                      reinterpret_cast<T*>(patch + second_begin), second_step * kUnit<T>);
+    };
+    const auto ahead = [&](const Tile& tile, Prefetcher& to) {
+      prefetch_tile(plan, tile, source, to);
+      if (branch != nullptr) prefetch_tile(second, tile, branch->source, to);
+    };
+    run_tiles<T>(plan, taps, packed, second_begin + second.patch_pixels() * second_step, slabs, fill, ahead, epilogue);
+  }
+};
 
 RESFUSE_TILES_END
 #endif
 
-Tensor conv_act(const Tensor& x, const OptionalTensor& affine, const OptionalTensor& mean, bool relu_x,
-                const Tensor& weight, const OptionalTensor& scale, const Tensor& shift, const OptionalTensor& residual,
-                const OptionalTensor& residual_affine, const OptionalTensor& residual_mean, bool relu, Pair stride,
-                Pair padding, Pair dilation) {
+// The convolution that a branch is, checked to add up with the first.
+static ConvShape branch_shape(const ConvShape& first, const Tensor& branch, const OptionalTensor& weight,
+                              const Pair& stride, ScalarType dtype) {
+  STD_TORCH_CHECK(weight.has_value() && weight->is_contiguous() && weight->scalar_type() == dtype,
+                  "resfuse: branch_weight must be contiguous and in weight's dtype");
+  const ConvShape shape = conv_shape(branch, *weight, stride, {0, 0}, {1, 1});
+  STD_TORCH_CHECK(shape.pointwise() && first.pointwise() && first.height.stride == 1 && first.width.stride == 1 &&
+                      shape.images == first.images && shape.out_channels == first.out_channels &&
+                      shape.height.out == first.height.out && shape.width.out == first.width.out,
+                  "resfuse: a branch must be a 1x1 convolution with the output of another, of stride 1");
+  return shape;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_act(const Tensor& x, const OptionalTensor& affine, const OptionalTensor& mean,
+                                            bool relu_x, const Tensor& weight, const OptionalTensor& scale,
+                                            const Tensor& shift, const OptionalTensor& residual,
+                                            const OptionalTensor& residual_affine, const OptionalTensor& residual_mean,
+                                            const OptionalTensor& branch, const OptionalTensor& branch_weight,
+                                            Pair branch_stride, bool relu, Pair stride, Pair padding, Pair dilation,
+                                            bool moments) {
   STD_TORCH_CHECK(tiles_support(x.scalar_type()), "resfuse: this machine has no tile kernels for x's dtype");
   const ConvShape shape = conv_shape(x, weight, stride, padding, dilation);
   PaddedVectors vectors;
   const Prologue prologue(affine, mean, x, vectors);
+  ConvShape second{};
+  if (branch.has_value()) {
+    STD_TORCH_CHECK(branch->scalar_type() == x.scalar_type(), "resfuse: branch must be in x's dtype");
+    second = branch_shape(shape, *branch, branch_weight, branch_stride, weight.scalar_type());
+  }
   Tensor out = new_image(x, shape.out_channels, shape.height.out, shape.width.out);
   if (residual.has_value()) check_like(*residual, out, "residual");
   const Prologue raw(residual.has_value() ? residual_affine : OptionalTensor(), residual_mean, out, vectors);
   const float* shifts = vectors.add(vector_pointer<float>(shift, out, "shift"), shape.out_channels);
   const float* scales = vectors.add(vector_pointer<float>(scale, out, "scale"), shape.out_channels);
+  const int64_t size = moments ? shape.out_channels : 0;
+  Tensor out_mean = new_vector(x, 1, size, ScalarType::Float), out_var = new_vector(x, 1, size, ScalarType::Float);
 #if RESFUSE_HAS_TILES
   with_tile_types(x, weight, [&](auto tag, auto weight_tag) {
     using T = decltype(tag);
+    using W = decltype(weight_tag);
     const Activation<T> source{input_pointer<T>(x), shape.in_channels, prologue.scale, prologue.shift, relu_x};
-    const ResidualAct<T> epilogue{
-        output_pointer<T>(out), shape.out_channels, shifts, input_pointer<T>(residual), raw.scale, raw.shift, relu};
-    conv_act_tiles<T>(shape, source, input_pointer<decltype(weight_tag)>(weight), weight_layout(weight), scales,
-                      epilogue);
+    const Branch<T, W> other{
+        second,
+        {input_pointer<T>(branch), second.in_channels, nullptr, nullptr, false},
+        {input_pointer<W>(branch_weight), second.out_channels, second.in_channels, second.in_channels, 1, nullptr}};
+    const Branch<T, W>* joined = branch.has_value() ? &other : nullptr;
+    const ConvAct<T, W> product(shape, joined);
+    OutputMoments found(product.plan, product.slabs, moments);
+    const ResidualAct<T> epilogue{output_pointer<T>(out),
+                                  shape.out_channels,
+                                  shifts,
+                                  input_pointer<T>(residual),
+                                  raw.scale,
+                                  raw.shift,
+                                  relu,
+                                  found};
+    product.run(shape, source, input_pointer<W>(weight), weight_layout(weight), scales, joined, epilogue);
+    if (moments) found.write(output_pointer<float>(out_mean), output_pointer<float>(out_var));
   });
 #endif
-  return out;
+  return {out, out_mean, out_var};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) { m.impl("conv_act", TORCH_BOX(&conv_act)); }

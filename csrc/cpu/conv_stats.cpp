@@ -10,17 +10,6 @@ namespace resfuse::cpu {
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-// The first output pixel of every slab, and the end.
-static std::vector<int64_t> slab_pixels(const Plan& plan, const Slabs512& slabs) {
-  std::vector<int64_t> begin;
-  for (int64_t slab = 0; slab < slabs.slabs; ++slab) {
-    const Tile tile = plan.tile(slabs.first_tile(slab));
-    begin.push_back((tile.image * plan.height.out + tile.row) * plan.width.out + tile.column);
-  }
-  begin.push_back(plan.images * plan.height.out * plan.width.out);
-  return begin;
-}
-
 template <class T, class W>
 void conv_stats_tiles(const ConvShape& shape, const Activation<T>& source, const W* weight, const WeightLayout& layout,
                       T* y, float* mean, float* var) {
@@ -29,16 +18,15 @@ void conv_stats_tiles(const ConvShape& shape, const Activation<T>& source, const
   const Taps taps(plan, shape.width.kernel, units, step);
   const unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, shape.width.kernel, false);
   const Slabs512 slabs(plan.tiles(), ceil_div(shape.out_channels, kPanel));
-  const std::vector<int64_t> begin = slab_pixels(plan, slabs);
-  SlabSums sums(mean == nullptr ? 0 : slabs.slabs, shape.out_channels, 2);
-  const WithMoments<T> epilogue{y, shape.out_channels, mean == nullptr ? nullptr : &sums, begin.data()};
+  OutputMoments moments(plan, slabs, mean != nullptr);
+  const WithMoments<T> epilogue{y, shape.out_channels, moments};
   const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
     fill_patch<T>(plan, tile, source, 0, shape.in_channels, reinterpret_cast<T*>(patch), step * kUnit<T>);
   };
   run_tiles<T>(
       plan, taps, packed, plan.patch_pixels() * step, slabs, fill,
       [&](const Tile& tile, Prefetcher& to) { prefetch_tile(plan, tile, source, to); }, epilogue);
-  if (mean != nullptr) merge_slab_moments(sums, begin.data(), shape.out_channels, mean, var);
+  moments.write(mean, var);
 }
 
 RESFUSE_TILES_END

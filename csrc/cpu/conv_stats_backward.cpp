@@ -103,7 +103,6 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const O
     const InputGradient<T> epilogue{output_pointer<T>(grad_x),
                                     shape.in_channels,
                                     input_pointer<T>(other),
-                                    nullptr,
                                     through ? input_pointer<T>(x) : nullptr,
                                     prologue.scale,
                                     prologue.shift,

@@ -1,4 +1,5 @@
-// second_moments on the CPU by tiles: the mean and covariance of a = act((x - mean)*scale + bias) over all pixels.
+// second_moments on the CPU by tiles: the mean and covariance of a = act((x - mean)*scale + bias) over all pixels, or
+// over those that a strided 1x1 convolution reads.
 //
 // The product a^T a is that of a weight's gradient, with both operands shifted by a pivot near the mean: an uncentred
 // sum in float would lose (mean/std)^2 digits. Only blocks on and above the diagonal are computed.
@@ -11,14 +12,21 @@ RESFUSE_TILES_BEGIN
 
 constexpr int64_t kPivotPixels = 64;
 
+// The input pixel that output pixel `index` reads.
+static int64_t pixel_read(const ConvShape& shape, int64_t index) {
+  const ConvAxis &h = shape.height, &w = shape.width;
+  const int64_t column = index % w.out, row = index / w.out % h.out, image = index / (w.out * h.out);
+  return (image * h.in + row * h.stride) * w.in + column * w.stride;
+}
+
 // The mean of a over pixels spread evenly: near enough to all of them wherever they are alike.
 template <class T>
-void find_pivot(const Activation<T>& source, int64_t pixels, float* pivot) {
+void find_pivot(const ConvShape& shape, const Activation<T>& source, int64_t pixels, float* pivot) {
   const int64_t count = std::min(pixels, kPivotPixels);
   for (int64_t c = 0; c < source.channels; c += kLanes) {
     Lanes512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t pixel = i * pixels / count;
+      const int64_t pixel = pixel_read(shape, i * pixels / count);
       sum = _mm512_add_ps(sum, source.scale == nullptr
                                    ? widened(source.template get<false>(pixel, c, lane_mask(c, source.channels)))
                                    : widened(source.template get<true>(pixel, c, lane_mask(c, source.channels))));
@@ -35,7 +43,7 @@ void second_moments_tiles(const ConvShape& shape, const Activation<T>& source, f
   const int64_t channels = shape.in_channels, pixels = plan.images * plan.height.out * plan.width.out;
   float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
   SlabSums columns(sums.slabs, channels, 1);
-  find_pivot(source, pixels, pivot);
+  find_pivot(shape, source, pixels, pivot);
   const ShiftedActivation<T> shifted{source, pivot};
   sum_weight_gradient<T>(plan, shifted, shifted, 1, sums, totals, &columns, true);
 
@@ -62,11 +70,8 @@ RESFUSE_TILES_END
 #endif
 
 std::tuple<Tensor, Tensor> second_moments(const Tensor& x, const OptionalTensor& affine, const OptionalTensor& mean,
-                                          bool relu) {
-  STD_TORCH_CHECK(tiles_support(x.scalar_type()), "resfuse: this machine has no tile kernels for x's dtype");
-  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && geometry_of(x).channels_last, "resfuse: x must be channels_last");
-  const auto axis = [&](int64_t i) { return ConvAxis{x.size(i), x.size(i), 1, 1, 0, 1}; };
-  const ConvShape shape{x.size(0), x.size(1), x.size(1), axis(2), axis(3)};
+                                          bool relu, Pair stride) {
+  const ConvShape shape = pointwise_shape(x, x.size(1), stride);
   PaddedVectors vectors;
   const Prologue prologue(affine, mean, x, vectors);
   Tensor means = new_vector(x, 1, shape.in_channels, ScalarType::Float);

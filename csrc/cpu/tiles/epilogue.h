@@ -3,7 +3,7 @@
 //   WithMoments:   y, and the mean and squared deviations of what was stored
 //   InputGradient: grad_x = da; or, through the prologue, dz = da where act was active, grad_x = dz*scale, and the sums
 //                  of dz and dz*(x - mean). A gradient that reaches x by another way is added.
-//   ResidualAct:   act(value + shift + r), r absent, residual, or residual*scale_r + shift_r
+//   ResidualAct:   act(value + shift + r), r absent, residual, or residual*scale_r + shift_r; and its moments
 // A float sum runs over at most 32 pixels, then goes to double.
 #pragma once
 
@@ -80,48 +80,73 @@ RESFUSE_LANES void store_panel(const float* values, int64_t pixels, int64_t chan
   }
 }
 
+// The moments of an output, summed while its panels are in cache. Not wanted, nothing is summed.
+class OutputMoments {
+ public:
+  OutputMoments(const Plan& plan, const Slabs512& slabs, bool wanted)
+      : channels_(plan.out_channels), sums_(wanted ? slabs.slabs : 0, plan.out_channels, 2) {
+    for (int64_t slab = 0; slab < slabs.slabs; ++slab) {
+      const Tile tile = plan.tile(slabs.first_tile(slab));
+      begin_.push_back((tile.image * plan.height.out + tile.row) * plan.width.out + tile.column);
+    }
+    begin_.push_back(plan.images * plan.height.out * plan.width.out);
+  }
+  bool wanted() const { return sums_.slabs() > 0; }
+
+  // Values of a tile's panel, counted as they are stored in T; `pixel` is its first.
+  template <class T>
+  void add(int64_t slab, int64_t pixel, int64_t pixels, int64_t panel, const float* values) {
+    const int64_t channel = panel * kPanel;
+    const double before = static_cast<double>(pixel - begin_[static_cast<size_t>(slab)]);
+    for (int64_t half = 0; half < kPanel && channel + half < channels_; half += kLanes)
+      merge_tile_lanes<T>(values + half, pixels, before, sums_.at(slab, 0) + channel + half,
+                          sums_.at(slab, 1) + channel + half);
+  }
+
+  // Slabs merged into mean and biased variance.
+  void write(float* mean, float* var) {
+    if (!wanted()) return;
+    double *total_mean = sums_.at(0, 0), *total_m2 = sums_.at(0, 1);
+    ChannelMoments total{static_cast<double>(begin_[1] - begin_[0]), total_mean, total_m2};
+    for (int64_t slab = 1; slab < sums_.slabs(); ++slab) {
+      const auto i = static_cast<size_t>(slab);
+      merge_channels(total, channels_, static_cast<double>(begin_[i + 1] - begin_[i]), sums_.at(slab, 0),
+                     sums_.at(slab, 1));
+    }
+    for (int64_t c = 0; c < channels_; ++c) {
+      mean[c] = static_cast<float>(total_mean[c]);
+      var[c] = static_cast<float>(total_m2[c] / total.count);
+    }
+  }
+
+ private:
+  int64_t channels_;
+  SlabSums sums_;               // mean and m2
+  std::vector<int64_t> begin_;  // first output pixel of each slab, and the end
+};
+
 template <class T>
 struct WithMoments {
   T* y;
   int64_t channels;
-  SlabSums* sums;             // mean and m2; null: none
-  const int64_t* slab_begin;  // first output pixel of each slab
+  OutputMoments& moments;
 
   void prefetch(int64_t pixel, int64_t count, int64_t step, int64_t panel) const {
     prefetch_panel(y, channels, pixel, count, step, panel);
   }
 
   void operator()(int64_t slab, int64_t pixel, int64_t pixels, int64_t panel, const float* values) const {
-    const int64_t channel = panel * kPanel;
-    store_panel(values, pixels, channel, channels, y + pixel * channels);
-    if (sums == nullptr) return;
-    const double before = static_cast<double>(pixel - slab_begin[slab]);
-    for (int64_t half = 0; half < kPanel && channel + half < channels; half += kLanes)
-      merge_tile_lanes<T>(values + half, pixels, before, sums->at(slab, 0) + channel + half,
-                          sums->at(slab, 1) + channel + half);
+    store_panel(values, pixels, panel * kPanel, channels, y + pixel * channels);
+    if (moments.wanted()) moments.add<T>(slab, pixel, pixels, panel, values);
   }
 };
-
-// Merge slabs that begin at the given pixels into mean and biased variance.
-inline void merge_slab_moments(SlabSums& sums, const int64_t* slab_begin, int64_t channels, float* mean, float* var) {
-  double *total_mean = sums.at(0, 0), *total_m2 = sums.at(0, 1);
-  ChannelMoments total{static_cast<double>(slab_begin[1] - slab_begin[0]), total_mean, total_m2};
-  for (int64_t slab = 1; slab < sums.slabs(); ++slab)
-    merge_channels(total, channels, static_cast<double>(slab_begin[slab + 1] - slab_begin[slab]), sums.at(slab, 0),
-                   sums.at(slab, 1));
-  for (int64_t c = 0; c < channels; ++c) {
-    mean[c] = static_cast<float>(total_mean[c]);
-    var[c] = static_cast<float>(total_m2[c] / total.count);
-  }
-}
 
 template <class T>
 struct InputGradient {
   T* grad_x;
   int64_t channels;
-  const T* other;    // a gradient to add, or null
-  const float* row;  // padded: a constant added to every pixel's da, or null
-  const T* x;        // with a prologue, else null; its vectors are padded
+  const T* other;  // a gradient to add, or null
+  const T* x;      // with a prologue, else null; its vectors are padded
   const float* scale;
   const float* shift;
   const float* mean;
@@ -157,17 +182,13 @@ struct InputGradient {
 
   template <class M>
   RESFUSE_LANES void plain(int64_t pixel, int64_t pixels, int64_t channel, M mask, const float* values) const {
-    const Lanes512 constant = row == nullptr ? _mm512_setzero_ps() : load_lanes(row + channel);
-    for (int64_t i = 0; i < pixels; ++i, values += kPanel) {
-      const int64_t at = (pixel + i) * channels + channel;
-      finish(_mm512_add_ps(load_lanes(values), constant), at, mask);
-    }
+    for (int64_t i = 0; i < pixels; ++i, values += kPanel)
+      finish(load_lanes(values), (pixel + i) * channels + channel, mask);
   }
 
   template <class M>
   RESFUSE_LANES void through_prologue(int64_t slab, int64_t pixel, int64_t pixels, int64_t channel, M mask,
                                       const float* values) const {
-    const Lanes512 constant = row == nullptr ? _mm512_setzero_ps() : load_lanes(row + channel);
     const Lanes512 a = load_lanes(scale + channel), b = load_lanes(shift + channel), m = load_lanes(mean + channel);
     DoubleLanes first, second;
     for (int64_t begin = 0; begin < pixels; begin += kFloatRows) {
@@ -175,7 +196,7 @@ struct InputGradient {
       for (int64_t i = begin; i < std::min(pixels, begin + kFloatRows); ++i) {
         const int64_t at = (pixel + i) * channels + channel;
         const Lanes512 value = load_lanes(x + at, mask);
-        Lanes512 dz = _mm512_add_ps(load_lanes(values + i * kPanel), constant);
+        Lanes512 dz = load_lanes(values + i * kPanel);
         if (relu) dz = relu_gradient_lanes(dz, _mm512_add_ps(_mm512_mul_ps(value, a), b));
         finish(_mm512_mul_ps(dz, a), at, mask);
         s1 = _mm512_add_ps(s1, dz);
@@ -202,16 +223,17 @@ struct ResidualAct {
   const float* residual_scale;  // null: the residual as it is
   const float* residual_shift;
   bool relu;
+  OutputMoments& moments;
 
   void prefetch(int64_t pixel, int64_t count, int64_t step, int64_t panel) const {
     prefetch_panel(out, channels, pixel, count, step, panel);
     prefetch_panel(residual, channels, pixel, count, step, panel);
   }
 
-  void operator()(int64_t, int64_t pixel, int64_t pixels, int64_t panel, const float* values) const {
+  void operator()(int64_t slab, int64_t pixel, int64_t pixels, int64_t panel, float* values) const {
     for (int64_t half = 0; half < kPanel; half += kLanes) {
       const int64_t channel = panel * kPanel + half;
-      if (channel >= channels) return;
+      if (channel >= channels) break;
       with_mask(lane_mask(channel, channels), [&](auto mask) RESFUSE_INLINE_LAMBDA {
         if (residual == nullptr) {
           write<false, false>(pixel, pixels, channel, mask, values + half);
@@ -222,11 +244,12 @@ struct ResidualAct {
         }
       });
     }
+    if (moments.wanted()) moments.add<T>(slab, pixel, pixels, panel, values);
   }
 
  private:
   template <bool kResidual, bool kRaw, class M>
-  RESFUSE_LANES void write(int64_t pixel, int64_t pixels, int64_t channel, M mask, const float* values) const {
+  RESFUSE_LANES void write(int64_t pixel, int64_t pixels, int64_t channel, M mask, float* values) const {
     const Lanes512 constant = load_lanes(shift + channel);
     for (int64_t i = 0; i < pixels; ++i, values += kPanel) {
       const int64_t at = (pixel + i) * channels + channel;
@@ -238,7 +261,9 @@ struct ResidualAct {
                             load_lanes(residual_shift + channel));
         z = _mm512_add_ps(z, r);
       }
-      store_lanes(out + at, relu ? relu_lanes(z) : z, mask);
+      const Lanes512 result = relu ? relu_lanes(z) : z;
+      store_lanes(out + at, result, mask);
+      if (moments.wanted()) store_lanes(values, result);
     }
   }
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../memory.h"
+#include "isa.h"
 #include "plan.h"
 
 namespace resfuse::cpu {
@@ -27,6 +28,18 @@ inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, const Pair& s
   STD_TORCH_CHECK(weight.device() == x.device(), "resfuse: weight must be on x's device");
   return {x.size(0), x.size(1), weight.size(0), conv_axis(x, weight, 0, stride, padding, dilation),
           conv_axis(x, weight, 1, stride, padding, dilation)};
+}
+
+// A 1x1 convolution of x.
+inline ConvShape pointwise_shape(const Tensor& x, int64_t out_channels, const Pair& stride) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && geometry_of(x).channels_last, "resfuse: x must be channels_last");
+  STD_TORCH_CHECK(tiles_support(x.scalar_type()), "resfuse: this machine has no tile kernels for x's dtype");
+  const auto axis = [&](int64_t i) {
+    const int64_t step = stride.at(static_cast<size_t>(i));
+    STD_TORCH_CHECK(step > 0, "resfuse: no such convolution");
+    return ConvAxis{x.size(2 + i), ceil_div(x.size(2 + i), step), 1, step, 0, 1};
+  };
+  return {x.size(0), x.size(1), out_channels, axis(0), axis(1)};
 }
 
 // An uninitialised channels_last activation beside x.

@@ -103,10 +103,12 @@ struct Plan {
   AxisPlan height, width;
   int64_t rows, columns;  // base pixels of a full tile
 
-  Plan(const ConvShape& shape, bool backward, int64_t element_size, int64_t target_pixels, int64_t target_bytes)
+  // `flat`: all images of a 1x1 convolution are one row
+  Plan(const ConvShape& shape, bool backward, int64_t element_size, int64_t target_pixels, int64_t target_bytes,
+       bool flat = true)
       : images(shape.images), in_channels(shape.in_channels), out_channels(shape.out_channels) {
     ConvAxis h = shape.height, w = shape.width;
-    if (shape.pointwise() && h.stride == 1 && w.stride == 1) {
+    if (flat && shape.pointwise() && h.stride == 1 && w.stride == 1) {
       w.in = w.out = images * h.in * w.in;
       images = h.in = h.out = 1;
     }
@@ -128,6 +130,15 @@ struct Plan {
   }
 
   int64_t patch_pixels() const { return height.patch(rows) * width.patch(columns); }
+
+  // The plan of another activation that is read beside this one's: the same tiles.
+  Plan beside(Plan other) const {
+    STD_TORCH_CHECK(other.images == images && other.height.base == height.base && other.width.base == width.base,
+                    "resfuse: two activations read together must have as many pixels");
+    other.rows = rows;
+    other.columns = columns;
+    return other;
+  }
 
  private:
   // Whole rows of base pixels; only the one long row of a 1x1 convolution is cut.

@@ -46,6 +46,13 @@ struct Taps {
       }
     }
   }
+
+  // One more run of channels for a 1x1 convolution, from another patch `offset` units further; where its weights lie.
+  int64_t append(int64_t offset, int64_t steps, int64_t pixel_step) {
+    phases[0].taps.push_back({offset, steps, pixel_step, pixel_step});
+    units += steps;
+    return units - steps;
+  }
 };
 
 // Every panel of a weight for one plan. Forward, lanes are output channels; backward, input channels.
@@ -58,7 +65,7 @@ unit_t<T>* pack_weight(const Plan& plan, const Taps& taps, const W* weight, cons
   parallel_tasks(panels, plan.out_channels * plan.in_channels * 4, [&](int64_t panel) {
     unit_t<T>* to = packed + panel * taps.units * kPanel;
     for (const PhaseTaps& phase : taps.phases) {
-      for (size_t i = 0; i < phase.taps.size(); ++i, to += phase.taps[0].steps * kPanel) {
+      for (size_t i = 0; i < phase.kernel.size(); ++i, to += phase.taps[0].steps * kPanel) {
         const W* data = weight + layout.at(phase.kernel[i], kernel_width);
         pack_panel<T>(WeightView<W>{data, plan.out_channels, plan.in_channels, lane_step, k_step, lane_scale}, panel,
                       to);
@@ -66,6 +73,14 @@ unit_t<T>* pack_weight(const Plan& plan, const Taps& taps, const W* weight, cons
     }
   });
   return packed;
+}
+
+// The panels of a run that was appended: `begin` is where its weights lie.
+template <class T, class W>
+void pack_appended(const WeightView<W>& weight, const Taps& taps, int64_t begin, unit_t<T>* packed) {
+  const int64_t panels = ceil_div(weight.lanes, kPanel);
+  parallel_tasks(panels, weight.lanes * weight.depth * 4,
+                 [&](int64_t panel) { pack_panel<T>(weight, panel, packed + (panel * taps.units + begin) * kPanel); });
 }
 
 // How tiles and panels are shared out.
@@ -105,7 +120,7 @@ class SlabSums {
 };
 
 // fill(tile, patch) loads a tile; epilogue(slab, tile's first output pixel, pixels, panel, values) takes 32 channels of
-// it: values[pixel * 32 + lane], pixels in memory order.
+// it, and may change them: values[pixel * 32 + lane], pixels in memory order.
 // ahead(tile, prefetcher) names the memory that fill will read.
 template <class T, class F, class A, class E>
 void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int64_t patch_units, const Slabs512& slabs,

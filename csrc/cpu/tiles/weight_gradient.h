@@ -88,6 +88,12 @@ void fill_units(const S& source, int64_t pixel, int64_t step, int64_t columns, i
   }
 }
 
+// The input pixel that the first output pixel of a tile's row reads, where a tap reads nothing else.
+inline int64_t first_pixel(const Plan& plan, const Tile& tile, int64_t row) {
+  const AxisPlan &h = plan.height, &w = plan.width;
+  return (tile.image * h.in + (tile.row + row) * h.in_step) * w.in + tile.column * w.in_step;
+}
+
 // The layout of q, the input's side of the sum, in units. A pointwise tap reads each pixel once, so q is filled
 // straight from the source; else a patch is filled first, and for bfloat16 every pixel is paired with its right
 // neighbour.
@@ -124,8 +130,8 @@ struct InputSide {
     if (pointwise) {
       const int64_t steps = ceil_div(tile.columns, kUnit<T>);
       for (int64_t r = 0; r < tile.rows; ++r) {
-        const int64_t pixel = (tile.image * h.in + (tile.row + r) * h.in_step) * w.in + tile.column * w.in_step;
-        fill_units<T>(input, pixel, w.in_step, tile.columns, begin, end, q + r * steps * unit_step, unit_step);
+        fill_units<T>(input, first_pixel(plan, tile, r), w.in_step, tile.columns, begin, end, q + r * steps * unit_step,
+                      unit_step);
       }
       return q;
     }
@@ -187,6 +193,7 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
   const int64_t slabs = sums.slabs, tiles = plan.tiles(), out_channels = plan.out_channels;
   const int64_t block_groups = ceil_div(sums.groups, sums.group_blocks);
   const int64_t block_panels = ceil_div(sums.panels, sums.panel_blocks);
+  const AxisPlan &h = plan.height, &w = plan.width;
   const InputSide<T> side(plan, std::min(block_panels * kPanel, plan.in_channels));
   const int64_t p_step = pixel_units<float>(block_groups * kWeightChannels);
   const int64_t max_steps = plan.rows * ceil_div(plan.columns, kUnit<T>);
@@ -221,28 +228,30 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
         const Tile following = plan.tile(last ? later * tiles / slabs : index + 1);
         prefetch_tile(plan, following, input, next);
         const int64_t at = (following.image * plan.height.out + following.row) * plan.width.out + following.column;
-        grad.prefetch(at, following.rows * following.columns, next);
+        if (!symmetric) grad.prefetch(at, following.rows * following.columns, next);
       }
       next.spread(sums.taps * panels * groups);
       const U* q = side.fill(tile, input, in_begin, in_end, patch, q_memory);
       const int64_t patch_columns = plan.width.patch(tile.columns), steps = ceil_div(tile.columns, kUnit<T>);
       for (int64_t row = 0; row < tile.rows; ++row) {
-        const int64_t pixel = (tile.image * plan.height.out + tile.row + row) * plan.width.out + tile.column;
-        fill_units<T>(grad, pixel, 1, tile.columns, begin, end, p + row * steps * p_step, p_step);
+        const int64_t pixel =
+            symmetric ? first_pixel(plan, tile, row) : (tile.image * h.out + tile.row + row) * w.out + tile.column;
+        fill_units<T>(grad, pixel, symmetric ? w.in_step : 1, tile.columns, begin, end, p + row * steps * p_step,
+                      p_step);
       }
       if (columns != nullptr && first_panel == 0)
         add_columns(p, p_step, tile.rows * steps, end - begin, columns->at(slab, 0) + begin);
-      for (const AxisTap& h : plan.height.phases[0].taps) {
-        for (const AxisTap& w : plan.width.phases[0].taps) {
-          for (int64_t row = 0; row < tile.rows; ++row) rows[row] = side.row(row, steps, patch_columns, h, w);
+      for (const AxisTap& down : h.phases[0].taps) {
+        for (const AxisTap& across : w.phases[0].taps) {
+          for (int64_t row = 0; row < tile.rows; ++row) rows[row] = side.row(row, steps, patch_columns, down, across);
           for (int64_t panel = 0; panel < panels; ++panel)
             for (int64_t group = 0; group < groups; ++group) {
               if (symmetric && (first_panel + panel + 1) * kPanel <= (first_group + group) * kWeightChannels) continue;
               next.step();
-              accumulate<U>(
-                  p + group * kWeightChannels, p_step, q + panel * kPanel, side.q_step, rows, tile.rows, steps,
-                  index == first_tile,
-                  total + sums.at(h.kernel * kernel_width + w.kernel, first_panel + panel, first_group + group));
+              accumulate<U>(p + group * kWeightChannels, p_step, q + panel * kPanel, side.q_step, rows, tile.rows,
+                            steps, index == first_tile,
+                            total + sums.at(down.kernel * kernel_width + across.kernel, first_panel + panel,
+                                            first_group + group));
             }
         }
       }
