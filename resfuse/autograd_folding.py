@@ -44,8 +44,7 @@ def _gram(grad: Tensor, a: Tensor, stride: list[int]) -> Tensor:
 class Branch(NamedTuple):
     """One 1x1 convolution with its batch normalisation, folded for its input: act(a) weight^T + shift.
 
-    a_mean and product = W Cov(a) are kept for backward. `folded` is rounded to the activation's dtype, and shift is
-    taken from the rounded one, so that the mean of BN's output is exact whatever the mean of a.
+    Beside the input, C-by-C and shorter: what is K by C is computed again in backward.
     """
 
     x: Tensor
@@ -57,9 +56,16 @@ class Branch(NamedTuple):
     bn_bias: Tensor | None
     var: Tensor
     scale: Tensor
-    folded: Tensor  # (K, C), scale * W
     a_mean: Tensor
-    product: Tensor  # (K, C)
+    covariance: Tensor  # (C, C)
+
+    def matrix(self) -> Tensor:
+        """W, (K, C), float32."""
+        return self.weight.flatten(1).float().contiguous()
+
+    def folded(self) -> Tensor:
+        """W' = scale*W, (K, C), rounded to the activation's dtype."""
+        return (self.matrix() * self.scale[:, None]).to(self.x.dtype)
 
 
 _NO_BRANCH: tuple[None, ...] = (None,) * len(Branch._fields)
@@ -67,22 +73,21 @@ _NO_BRANCH: tuple[None, ...] = (None,) * len(Branch._fields)
 
 def fold(
     x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, relu: bool, stride: list[int]
-) -> tuple[Branch, Tensor]:
+) -> tuple[Branch, Tensor, Tensor]:
     """Fold bn into weight for this input, and update the running statistics: :func:`reference.folded_weight`.
 
     Returns:
-        tuple[Branch, Tensor]: what the product and backward need, and the shift.
+        what backward needs, the folded weight, and the shift, taken from that rounded weight, so that the mean of BN's
+        output is exact whatever the mean of a.
     """
     a_mean, covariance = ops.second_moments(x.x, x.affine, x.mean, relu, stride)
     matrix = weight.flatten(1).float().contiguous()
-    product = _product(matrix, covariance)
-    var = (product * matrix).sum(1).clamp_min_(0)  # a sum of rounded terms may fall below
+    var = (_product(matrix, covariance) * matrix).sum(1).clamp_min_(0)  # a sum of rounded terms may fall below
     pixels = _pixels_read(x.x, stride)
     statistics = Statistics.of_batch((matrix * a_mean).sum(1), var, pixels, bn, conv_bias)
-    folded = (matrix * statistics.scale[:, None]).to(x.x.dtype)
-    shift = zeros_or(bn.bias, a_mean) - (folded.float() * a_mean).sum(1)
-    kept = (var, statistics.scale, folded, a_mean, product)
-    return Branch(*x, weight, conv_bias, bn.weight, bn.bias, *kept), shift
+    branch = Branch(*x, weight, conv_bias, bn.weight, bn.bias, var, statistics.scale, a_mean, covariance)
+    folded = branch.folded()
+    return branch, folded, zeros_or(bn.bias, a_mean) - (folded.float() * a_mean).sum(1)
 
 
 def _pixels_read(x: Tensor, stride: list[int]) -> int:
@@ -112,23 +117,22 @@ def _branch_gradients(
     need_weight: bool,
 ) -> BranchGradients:
     pixels = count(dz)
-    matrix = branch.weight.flatten(1).float().contiguous()
+    matrix = branch.matrix()
     invstd = torch.rsqrt(branch.var + eps)
     centered = gram - torch.outer(grad_bias, branch.a_mean)
     grad_bn_weight = invstd * (centered * matrix).sum(1)
     slope = branch.scale * invstd * grad_bn_weight
     grad_x = sums = grad_weight = None
     if need_weight:
-        grad_weight = torch.addcmul(centered * branch.scale[:, None], branch.product, slope[:, None], value=-1)
+        grad_weight = centered * branch.scale[:, None] - _product(matrix, branch.covariance) * slope[:, None]
         grad_weight = torch.empty_like(branch.weight).copy_(grad_weight[:, :, None, None])
     if need_x:
         correction = _gram(_as_image(matrix * (slope / -pixels)[:, None]), _as_image(matrix), [1, 1])  # -Q
         rounded = correction.to(branch.x.dtype).float()
-        row = (branch.folded.float() * (grad_bias / -pixels)[:, None]).sum(0) - (rounded * branch.a_mean[:, None]).sum(
-            0
-        )
+        folded = branch.folded()
+        row = (folded.float() * (grad_bias / -pixels)[:, None]).sum(0) - (rounded * branch.a_mean[:, None]).sum(0)
         source = (branch.x, branch.affine, branch.mean)
-        grad_x, sums = ops.expand_bn_act_backward_input(dz, *source, relu, branch.folded, correction, row, stride)
+        grad_x, sums = ops.expand_bn_act_backward_input(dz, *source, relu, folded, correction, row, stride)
     return BranchGradients(
         grad_x,
         sums if branch.affine is not None else None,
@@ -177,16 +181,16 @@ class ExpandNormActFunction(torch.autograd.Function):
         relu: bool,
         moments: bool,
     ) -> Any:
-        main, shift = fold(Raw(x, affine, mean), weight, conv_bias, bn, relu_x, [1, 1])
+        main, folded, shift = fold(Raw(x, affine, mean), weight, conv_bias, bn, relu_x, [1, 1])
         branch: Any = _NO_BRANCH
         second: tuple[Tensor | None, ...] = (None, None)
         if shortcut is not None:
             assert shortcut_weight is not None and shortcut_bn is not None
-            branch, more = fold(Raw(shortcut), shortcut_weight, shortcut_conv_bias, shortcut_bn, False, stride)
-            second, shift = (shortcut, _as_image(branch.folded)), shift + more
+            branch, widened, more = fold(Raw(shortcut), shortcut_weight, shortcut_conv_bias, shortcut_bn, False, stride)
+            second, shift = (shortcut, _as_image(widened)), shift + more
         r = (residual, residual_affine, residual_mean)
         out, out_mean, out_var = ops.conv_act(
-            x, affine, mean, relu_x, _as_image(main.folded), None, shift, *r, *second, stride, relu, *_UNIT, moments
+            x, affine, mean, relu_x, _as_image(folded), None, shift, *r, *second, stride, relu, *_UNIT, moments
         )
         # a plain residual is not kept: its gradient is dz, the mask comes from the output
         kept = r if moments or residual_affine is not None else (None, None, None)
