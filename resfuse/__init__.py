@@ -2,13 +2,14 @@
 
 from resfuse import backends, functional, models, nn
 from resfuse.fusion import Explanation, explain, fuse, register_block, unfuse
-from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 
 __version__ = "0.1.0"
 __all__ = [
     "BatchNorm2dParameters",
     "Conv2dParameters",
     "Explanation",
+    "Moments",
     "backends",
     "explain",
     "functional",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from resfuse import autograd_norm, reference
+from resfuse.autograd import MomentsFunction
 from resfuse.backends import choose
-from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 
 
 def transformed() -> bool:
@@ -51,3 +55,53 @@ def bump_versions(*norms: BatchNorm2dParameters | None) -> None:
 def convolve(x: Tensor, conv: Conv2dParameters) -> Tensor:
     """The convolution itself, by torch."""
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def beside(residual: Tensor, x: Tensor) -> Tensor:
+    """residual in x's dtype and memory order."""
+    residual = residual.to(x.dtype)
+    if residual.stride() == x.stride():
+        return residual
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def bn_act(
+    x: Tensor,
+    bn: BatchNorm2dParameters,
+    residual: Tensor | None,
+    residual_bn: BatchNorm2dParameters | None,
+    activation: str,
+    backend: str | None,
+    *,
+    owned: bool = False,
+    moments: Moments | None = None,
+    return_moments: bool = False,
+) -> Any:
+    """bn_act on checked arguments. `owned`: nobody else reads x or a raw residual, see :func:`autograd_norm.bn_act`."""
+    if residual is not None and residual.dtype != x.dtype:
+        residual = residual.to(x.dtype)
+    if serving_backend("bn_act", x, backend) == "reference":
+        out = reference.bn_act(x, bn, residual, residual_bn, activation, moments)
+        return (out, Moments(*reference.moments(out))) if return_moments else out
+    x = as_dense(x)
+    if residual is not None:
+        residual = beside(residual, x)
+    relu = activation == "relu"
+    found = autograd_norm.bn_act(
+        x, bn, residual, residual_bn, relu, owned=owned, moments=moments, return_moments=return_moments
+    )
+    bump_versions(bn, residual_bn)
+    return (found[0], Moments(*found[1:])) if return_moments else found
+
+
+def add_moments(x: Tensor, residual: Tensor | None, backend: str | None) -> tuple[Tensor, Moments]:
+    """x + residual and its moments, in one pass, on checked arguments."""
+    if serving_backend("bn_act", x, backend) == "reference":
+        out, *found = reference.add_moments(x, residual)
+        return out, Moments(*found)
+    x = as_dense(x)
+    if residual is None:
+        return x, Moments(*MomentsFunction.apply(x))
+    out, *found = autograd_norm.AddMomentsFunction.apply(x, beside(residual, x))
+    return out, Moments(*found)

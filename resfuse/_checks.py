@@ -188,6 +188,42 @@ def check_chain(
         raise ValueError(f"shortcut must have the residual branch's shape {tuple(shape)}, got {tuple(found)}")
 
 
+def check_preact_chain(
+    x: Tensor,
+    layers: Sequence[tuple[BatchNorm2dParameters, Conv2dParameters]],
+    shortcut: Tensor | Conv2dParameters | None,
+    *,
+    cast: bool,
+) -> None:
+    """A pre-activation unit fits together: every normalisation and convolution its input, and the shortcut the last."""
+    check_image("x", x)
+    if len(layers) == 0:
+        raise ValueError("layers must hold at least one (bn, conv), got none")
+    shape: Sequence[int] = x.shape
+    for i, (bn, conv) in enumerate(layers, 1):
+        check_batch_norm(bn, shape, x.device, f"bn{i}.")
+        shape = check_conv(conv, shape, x, cast=cast, prefix=f"conv{i}.")
+    if isinstance(shortcut, Tensor):
+        check_residual(shortcut, shape, x, cast=cast, name="shortcut")
+    elif shortcut is not None:
+        found = check_conv(shortcut, x.shape, x, cast=cast, prefix="shortcut conv.")
+        if tuple(found) != tuple(shape):
+            raise ValueError(f"shortcut must have the residual branch's shape {tuple(shape)}, got {tuple(found)}")
+
+
+def check_moments(moments: Sequence[Tensor] | None, x: Tensor) -> None:
+    """Moments that were handed on are those of an activation like x."""
+    if moments is None:
+        return
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if len(moments) != 2:
+        raise ValueError(f"moments must be (mean, var), got {len(moments)} values")
+    for name, vector in zip(("moments.mean", "moments.var"), moments, strict=True):
+        check_vector(name, vector, x.shape[1], x.device)
+        if vector.dtype != wanted:
+            raise TypeError(f"{name} must be {wanted} beside an x of {x.dtype}, got {vector.dtype}")
+
+
 def _check_pair(name: str, value: Size, least: int) -> tuple[int, int]:
     """(vertical, horizontal) of a number or of a pair of them, each at least `least`."""
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)

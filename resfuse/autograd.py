@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.parameters import BatchNorm2dParameters
 
 
 def _recorded() -> bool:
@@ -53,6 +52,11 @@ def _laid_out_as(grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(grad)
 
 
+def _beside(x: Tensor, grad_out: Tensor) -> Tensor:
+    """Memory of grad_out's size for an output of x's dtype, channels_last."""
+    return torch.empty(grad_out.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def _through_moments(
     grad_out: Tensor | None,
     grad_mean: Tensor | None,
@@ -62,13 +66,16 @@ def _through_moments(
 ) -> Tensor:
     """The whole gradient of an output whose moments were handed on: that of its readers and that of its moments.
 
-    grad_out + grad_mean/M + 2*grad_var/M * (out - mean), in one pass.
+    grad_out + grad_mean/M + 2*grad_var/M * (out - mean), in one pass. `out` is None where its moments were not wanted.
     """
-    if grad_mean is None and grad_var is None:
-        assert grad_out is not None
+    if grad_out is not None and grad_mean is None and grad_var is None:
         return grad_out
     assert out is not None and out_mean is not None
     grad_mean, grad_var = (torch.zeros_like(out_mean) if g is None else g.contiguous() for g in (grad_mean, grad_var))
+    if _recorded():
+        through = _differentiate(reference.moments, [out], (grad_mean, grad_var))[0]
+        assert through is not None
+        return through if grad_out is None else grad_out + through
     if grad_out is None:
         return ops.moments_backward(grad_mean, grad_var, out, out_mean)
     one, zero = torch.ones_like(out_mean), torch.zeros_like(out_mean)
@@ -226,158 +233,3 @@ def _scale_shift_act_double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor
     if raw is None and ctx.has_residual:
         grads[3] = dz
     return (*grads, None)
-
-
-class _Normalized:
-    """What normalises one activation: its moments or the running statistics, as scale and shift."""
-
-    def __init__(self, x: Tensor, bn: BatchNorm2dParameters) -> None:
-        self.training, self.eps = bn.training, bn.eps
-        self.mean: Tensor
-        self.var: Tensor
-        if bn.training:
-            self.mean, self.var = ops.moments(x) if x.numel() > 0 else reference.empty_moments(x)
-            count = x.shape[0] * x.shape[2] * x.shape[3]
-            running: tuple[Tensor | None, ...] = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
-        else:
-            # copies: saved for backward, while the running statistics may change in place
-            assert bn.running_mean is not None and bn.running_var is not None
-            dtype = ops.accumulate_dtype(x.dtype)
-            self.mean, self.var = bn.running_mean.to(dtype, copy=True), bn.running_var.to(dtype, copy=True)
-            count, running = 0, (None, None, None)
-        self.scale, self.shift = ops.finalize(
-            self.mean, self.var, count, bn.weight, bn.bias, *running, bn.momentum, bn.eps
-        )
-
-    def saved(self) -> tuple[Tensor, ...]:
-        return self.mean, self.var, self.scale, self.shift
-
-
-def bn_act(
-    x: Tensor,
-    bn: BatchNorm2dParameters,
-    residual: Tensor | None,
-    residual_bn: BatchNorm2dParameters | None,
-    relu: bool,
-    *,
-    owned: bool,
-) -> Tensor:
-    """BNActFunction where a gradient is needed, else the operators alone.
-
-    owned: x and a raw residual were made for this call and nobody else reads them, so their memory may be used again:
-    for the output where no gradient is needed, else for their own gradients.
-    """
-    raw_weight, raw_bias = (None, None) if residual_bn is None else (residual_bn.weight, residual_bn.bias)
-    tensors = (x, bn.weight, bn.bias, residual, raw_weight, raw_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return BNActFunction.apply(*tensors, bn, residual_bn, relu, owned)
-    branch = _Normalized(x, bn)
-    raw = _Normalized(residual, residual_bn) if residual is not None and residual_bn is not None else None
-    raw_affine = (None, None) if raw is None else (raw.scale, raw.shift)
-    if owned and not torch.compiler.is_compiling():
-        ops.scale_shift_act_(x, branch.scale, branch.shift, residual, *raw_affine, relu)
-        return x
-    return ops.scale_shift_act(x, branch.scale, branch.shift, residual, *raw_affine, relu)
-
-
-class BNActFunction(torch.autograd.Function):
-    """out = act(BN(x) + r), r absent, residual, or BN_r(residual): moments, finalize and scale_shift_act in one node.
-
-    The chain of the three backwards, with the gradient through the moments added in the pass that writes grad_x:
-    grad_x = dz * scale + (grad_mean + 2 * grad_var * (x - mean)) / M. Three nodes would write and read grad_x thrice.
-    A frozen batch normalisation (training False) has no gradient through its statistics.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        residual_weight: Tensor | None,
-        residual_bias: Tensor | None,
-        bn: BatchNorm2dParameters,
-        residual_bn: BatchNorm2dParameters | None,
-        relu: bool,
-        owned: bool,
-    ) -> Tensor:
-        branch = _Normalized(x, bn)
-        raw = _Normalized(residual, residual_bn) if residual is not None and residual_bn is not None else None
-        raw_affine = (None, None) if raw is None else (raw.scale, raw.shift)
-        out = ops.scale_shift_act(x, branch.scale, branch.shift, residual, *raw_affine, relu)
-
-        kept_mask = out if relu and residual is not None and raw is None else None
-        raw_saved = (None,) * 5 if raw is None else (residual, *raw.saved())
-        ctx.save_for_backward(x, weight, bias, residual_weight, residual_bias, *branch.saved(), *raw_saved, kept_mask)
-        ctx.relu, ctx.has_residual, ctx.owned = relu, residual is not None, owned
-        ctx.branches = (branch.training, branch.eps), None if raw is None else (raw.training, raw.eps)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if _recorded():
-            return _bn_act_double_backward(ctx, grad_out)
-        x, weight, bias, raw_weight, raw_bias, mean, var, scale, shift, *others = ctx.saved_tensors
-        raw, raw_mean, raw_var, raw_scale, raw_shift, out = others
-        (training, eps), raw_branch = ctx.branches
-        grad_out = _laid_out_as(grad_out, x)
-        sums, dz = ops.scale_shift_act_backward_reduce(
-            grad_out, x, scale, shift, mean, raw, raw_scale, raw_shift, raw_mean, out, ctx.relu
-        )
-        grad_mean, grad_var, grad_weight = ops.finalize_backward(sums[1], sums[0], var, weight, eps)
-        through = (grad_mean, grad_var) if training else (None, None)
-        raw_through, grad_raw_weight = (None, None), None
-        if raw_branch is not None:
-            *raw_moments, grad_raw_weight = ops.finalize_backward(sums[2], sums[0], raw_var, raw_weight, raw_branch[1])
-            raw_through = raw_moments if raw_branch[0] else (None, None)
-
-        masked = out is not None  # dz already is the masked gradient
-        if masked:
-            grad_out = dz
-        grad_x = grad_residual = None
-        if ctx.needs_input_grad[0] or (raw is not None and ctx.needs_input_grad[3]):
-            arguments = (
-                grad_out, x, scale, shift, mean, *through,
-                raw, raw_scale, raw_shift, raw_mean, *raw_through, ctx.relu and not masked,
-            )  # fmt: skip
-            if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
-                # x and raw are read for the last time: their memory is in cache and spares a fresh tensor's page faults
-                ops.scale_shift_act_backward_apply_(*arguments)
-                grad_x, grad_residual = x.detach(), None if raw is None else raw.detach()
-            else:
-                grad_x, grad_residual = ops.scale_shift_act_backward_apply(*arguments)
-        if raw is None:
-            grad_residual = grad_out if ctx.has_residual else None
-        return (
-            grad_x,
-            _cast(grad_weight, weight),
-            _cast(sums[0], bias),
-            grad_residual,
-            None if grad_raw_weight is None else _cast(grad_raw_weight, raw_weight),
-            None if raw_branch is None else _cast(sums[0].clone(), raw_bias),  # two parameters share no memory
-            *[None] * 4,
-        )
-
-
-def _bn_act_double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, raw_weight, raw_bias, mean, var, _, _, raw, raw_mean, raw_var, _, _, out = ctx.saved_tensors
-    own, raw_branch = ctx.branches
-
-    def normalize(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, branch: Any) -> tuple[Tensor, Tensor]:
-        mean, var = reference.moments(x) if branch[0] else (mean.detach(), var.detach())
-        return reference.finalize(mean, var, weight, bias, branch[1])
-
-    def forward(x: Tensor, weight: Any, bias: Any, raw: Any, raw_weight: Any, raw_bias: Any) -> Tensor:
-        scale, shift = normalize(x, weight, bias, mean, var, own)
-        raw_scale = raw_shift = None
-        if raw is not None:
-            raw_scale, raw_shift = normalize(raw, raw_weight, raw_bias, raw_mean, raw_var, raw_branch)
-        activation = "relu" if ctx.relu and out is None else "identity"
-        return reference.scale_shift_act(x, scale, shift, raw, raw_scale, raw_shift, activation)
-
-    dz = grad_out if out is None else _masked(grad_out, out)
-    grads = _differentiate(forward, [x, weight, bias, raw, raw_weight, raw_bias], dz)
-    if raw is None and ctx.has_residual:
-        grads[3] = dz
-    return (*grads, *[None] * 4)

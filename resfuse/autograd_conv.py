@@ -74,12 +74,13 @@ class ConvNormFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_affine: Tensor | None, _: None, grad_through: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        x, affine, mean, weight, conv_bias, bn_weight, bn_bias, y, y_mean, var = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x, affine, mean, weight, conv_bias, bn_weight, bn_bias, y, y_mean, var = saved
         training, eps, pairs, relu = ctx.options
         grad_y = torch.zeros_like(y) if grad_y is None else grad_y
         grad_affine = y_mean.new_zeros(2, y_mean.shape[0]) if grad_affine is None else grad_affine
         if _recorded():
-            grads = _conv_norm_double_backward(ctx, grad_y, grad_affine, grad_through)
+            grads = _conv_norm_double_backward(ctx, saved, grad_y, grad_affine, grad_through)
             return (*grads[:2], None, *grads[2:], *[None] * 4)
         grad_mean, grad_var, grad_weight_bn = ops.finalize_backward(grad_affine[1], grad_affine[0], var, bn_weight, eps)
         grad_through = None if grad_through is None else _laid_out_as(grad_through, x)
@@ -107,9 +108,9 @@ class ConvNormFunction(torch.autograd.Function):
 
 
 def _conv_norm_double_backward(
-    ctx: Any, grad_y: Tensor, grad_affine: Tensor, grad_through: Tensor | None
+    ctx: Any, saved: Any, grad_y: Tensor, grad_affine: Tensor, grad_through: Tensor | None
 ) -> list[Tensor | None]:
-    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, _, y_mean, var = ctx.saved_tensors
+    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, _, y_mean, var = saved
     training, eps, pairs, relu = ctx.options
 
     def forward(
@@ -167,38 +168,32 @@ class ConvNormActFunction(torch.autograd.Function):
             out, out_mean, out_var = ops.scale_shift_act_moments(*arguments)
         else:
             out, out_mean, out_var = ops.scale_shift_act(*arguments), None, None
-        masks = relu and residual is not None and raw.affine is None
-        inputs = (x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *(r if moments else raw))
-        ctx.save_for_backward(
-            *inputs, statistics.var, y, statistics.mean, y_affine, out if masks or moments else None, out_mean
-        )
-        ctx.options = bn.training, bn.eps, pairs, relu_x, relu, masks
+        kept_mask = out if relu and residual is not None and raw.affine is None else None
+        inputs = (x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *raw)
+        handed_on = (out, out_mean) if moments else (None, None)
+        ctx.save_for_backward(*inputs, statistics.var, y, statistics.mean, y_affine, kept_mask, *handed_on)
+        ctx.options = bn.training, bn.eps, pairs, relu_x, relu
         ctx.has_residual = residual is not None
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(not moments)
         return (out, out_mean, out_var) if moments else out
 
     @staticmethod
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        if _recorded():
-            grads: Any = _conv_norm_act_double_backward(ctx, grad_out, grad_mean, grad_var)
-        else:
-            grads = _conv_norm_act_backward(
-                ctx, _through_moments(grad_out, grad_mean, grad_var, *ctx.saved_tensors[-2:])
-            )
-        x, affine, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine = grads
+        saved = ctx.saved_tensors
+        grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:])
+        grads: Any = _conv_norm_act_double_backward if _recorded() else _conv_norm_act_backward
+        x, affine, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine = grads(ctx, saved, grad_out)
         return (
             x, affine, None, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine, None, *[None] * 5
         )  # fmt: skip
 
 
-def _conv_norm_act_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = ctx.saved_tensors
-    var, y, y_mean, y_affine, out, _ = rest[3:]
-    training, eps, pairs, relu_x, relu, masks = ctx.options
-    raw = Raw(*rest[:3]) if rest[1] is not None else Raw(None)  # type: ignore[arg-type]
-    out = out if masks else None
+def _conv_norm_act_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = saved
+    raw, (var, y, y_mean, y_affine, out, *_) = Raw(*rest[:3]), rest[3:]
+    training, eps, pairs, relu_x, relu = ctx.options
     grad_out = _laid_out_as(grad_out, y)
     _, shift = scale_shift(Raw(y, y_affine, y_mean))
     scale = y_affine[1]
@@ -238,22 +233,18 @@ def _conv_norm_act_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, 
     )
 
 
-def _conv_norm_act_double_backward(
-    ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
-) -> list[Tensor | None]:
-    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = ctx.saved_tensors
-    raw, (var, y, y_mean, _, out, _) = Raw(*rest[:3]), rest[3:]
-    training, eps, pairs, relu_x, relu, _ = ctx.options
+def _conv_norm_act_double_backward(ctx: Any, saved: Any, grad_out: Tensor) -> list[Tensor | None]:
+    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = saved
+    raw, (var, _, y_mean, _, out, *_) = Raw(*rest[:3]), rest[3:]
+    training, eps, pairs, relu_x, relu = ctx.options
     frozen = (None, None) if training else (y_mean, var)
-    plain = ctx.has_residual and raw.x is None
-    grad_out = torch.zeros_like(y) if grad_out is None else grad_out
+    plain = ctx.has_residual and raw.affine is None
     if plain and relu:  # the residual itself is not kept: its gradient and the mask come from the output
         grad_out = _masked(grad_out, out)
-    through = grad_mean is not None or grad_var is not None
 
     def forward(
         x: Tensor, affine: Any, weight: Tensor, conv_bias: Any, bn_weight: Any, bn_bias: Any, r: Any, r_affine: Any
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         bias = None if conv_bias is None else conv_bias - conv_bias.detach()
         conv = Conv2dParameters(weight, bias, *pairs)
         bn = BatchNorm2dParameters(frozen[0], frozen[1], bn_weight, bn_bias, training, eps=eps)
@@ -261,88 +252,12 @@ def _conv_norm_act_double_backward(
         z = reference.conv_bn_act(a, conv, bn, activation="identity")
         if r is not None:
             z = z + reference.normalized(r, r_affine, raw.mean, "identity")
-        z = reference.activate(z, "relu" if relu and not plain else "identity")
-        return z, *(reference.moments(z) if through else ())
+        return reference.activate(z, "relu" if relu and not plain else "identity")
 
-    inputs = [x, affine, weight, conv_bias, bn_weight, bn_bias, raw.x, raw.affine]
-    zeros = torch.zeros_like(var)
-    more = [zeros if g is None else g for g in (grad_mean, grad_var)] if through else []
-    grads = _differentiate(forward, inputs, (grad_out, *more))
+    grads = _differentiate(forward, [x, affine, weight, conv_bias, bn_weight, bn_bias, raw.x, raw.affine], grad_out)
     if plain:
         grads[6] = grad_out
     return grads
-
-
-class ConvAddFunction(torch.autograd.Function):
-    """(out, mean, var): out = conv(a) + r, a = act((x - mean)*scale + bias), r absent or residual, and its moments.
-
-    The closing unit of a pre-activation block: whoever normalises out next needs no pass for its statistics.
-    grad_residual = grad_out + grad_mean/M + 2*grad_var/M * (out - mean) is the convolution's incoming gradient, too.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        affine: Tensor | None,
-        mean: Tensor | None,
-        weight: Tensor,
-        conv_bias: Tensor | None,
-        residual: Tensor | None,
-        pairs: Pairs,
-        relu_x: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        shift = torch.zeros(weight.shape[0], device=x.device) if conv_bias is None else conv_bias.float()
-        options = (residual, None, None, None, None, [1, 1], False)
-        out, out_mean, out_var = ops.conv_act(x, affine, mean, relu_x, weight, None, shift, *options, *pairs, True)
-        ctx.save_for_backward(x, affine, mean, weight, conv_bias, residual, out, out_mean)
-        ctx.options = pairs, relu_x
-        ctx.set_materialize_grads(False)
-        return out, out_mean, out_var
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        x, affine, mean, weight, conv_bias, _, out, out_mean = ctx.saved_tensors
-        pairs, relu_x = ctx.options
-        if _recorded():
-            grads = _conv_add_double_backward(ctx, grad_out, grad_mean, grad_var)
-            return (*grads[:2], None, *grads[2:], None, None)
-        grad = _laid_out_as(_through_moments(grad_out, grad_mean, grad_var, out, out_mean), out)
-        need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
-        grad_x, grad_weight, sums = ops.conv_stats_backward(
-            grad, *[None] * 5, False, x, affine, mean, weight, relu_x, *pairs, None, need_x, need_weight
-        )
-        # the shortcut's reader writes over its gradient, so the caller's own tensor is not handed on
-        grad_residual = (grad.clone() if grad is grad_out else grad) if need_residual else None
-        return (
-            grad_x if need_x else None,
-            sums if affine is not None else None,
-            None,
-            grad_weight if need_weight else None,
-            _cast(grad.float().sum((0, 2, 3)), conv_bias) if need_bias else None,
-            grad_residual,
-            None,
-            None,
-        )
-
-
-def _conv_add_double_backward(
-    ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
-) -> list[Tensor | None]:
-    x, affine, mean, weight, conv_bias, residual, out, out_mean = ctx.saved_tensors
-    pairs, relu_x = ctx.options
-
-    def forward(x: Tensor, affine: Any, weight: Tensor, conv_bias: Any, residual: Any) -> tuple[Tensor, ...]:
-        a = reference.normalized(x, affine, mean, "relu" if relu_x else "identity")
-        return reference.conv_add(a, Conv2dParameters(weight, conv_bias, *pairs), residual)
-
-    likes = (out, out_mean, out_mean)
-    grads = [
-        torch.zeros_like(v) if g is None else g for g, v in zip((grad_out, grad_mean, grad_var), likes, strict=True)
-    ]
-    return _differentiate(forward, [x, affine, weight, conv_bias, residual], grads)
 
 
 def conv_norm(

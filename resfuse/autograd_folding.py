@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _cast, _differentiate, _laid_out_as, _masked, _recorded, _through_moments
+from resfuse.autograd import _beside, _cast, _differentiate, _laid_out_as, _masked, _recorded, _through_moments
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.raw import Pairs, Raw, Statistics, count, scale_shift, zeros_or
 
@@ -193,31 +193,33 @@ class ExpandNormActFunction(torch.autograd.Function):
             x, affine, mean, relu_x, _as_image(folded), None, shift, *r, *second, stride, relu, *_UNIT, moments
         )
         # a plain residual is not kept: its gradient is dz, the mask comes from the output
-        kept = r if moments or residual_affine is not None else (None, None, None)
-        ctx.save_for_backward(*main, *branch, *kept, out if relu or moments else None, out_mean if moments else None)
+        raw = r if residual_affine is not None else (None, None, None)
+        handed_on = (out, out_mean) if moments else (None, None)
+        ctx.save_for_backward(*main, *branch, *raw, out if relu else None, *handed_on)
         ctx.options = bn.eps, None if shortcut_bn is None else shortcut_bn.eps, stride, relu_x, relu
         ctx.has_residual = residual is not None
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(not moments)
         return (out, out_mean, out_var) if moments else out
 
     @staticmethod
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:])
         if _recorded():
-            return (*_double_backward(ctx, grad_out, grad_mean, grad_var), *[None] * 6)
+            return (*_double_backward(ctx, saved, grad_out), *[None] * 6)
         width = len(Branch._fields)
-        main, tensors = Branch(*ctx.saved_tensors[:width]), ctx.saved_tensors[width:]
+        main, tensors = Branch(*saved[:width]), saved[width:]
         shortcut = Branch(*tensors[:width]) if tensors[0] is not None else None
-        raw, (out, out_mean) = Raw(*tensors[width : width + 3]), tensors[width + 3 :]
-        eps, shortcut_eps, stride, relu_x, relu = ctx.options
+        raw, out = Raw(*tensors[width : width + 3]), tensors[width + 3]
+        eps, shortcut_eps, stride, relu_x, _ = ctx.options
         need = ctx.needs_input_grad
         # the algebra is float32 wherever backward is called
         with torch.autocast(main.x.device.type, enabled=False):
-            grad_out = _through_moments(grad_out, grad_mean, grad_var, out, out_mean)
-            grad_out = _laid_out_as(grad_out, out if out is not None else _like_output(main.x, grad_out))
+            grad_out = _laid_out_as(grad_out, out if out is not None else _beside(main.x, grad_out))
             source = (main.x, main.affine, main.mean)
-            dz, gram, grad_bias = ops.expand_bn_act_backward_weight(grad_out, out if relu else None, *source, relu_x)
+            dz, gram, grad_bias = ops.expand_bn_act_backward_weight(grad_out, out, *source, relu_x)
             own = _branch_gradients(main, dz, gram, grad_bias, eps, relu_x, [1, 1], need[0], need[3])
             other: Any = (None,) * len(BranchGradients._fields)
             if shortcut is not None:
@@ -244,22 +246,12 @@ def _raw_gradients(dz: Tensor, raw: Raw) -> tuple[Tensor, Tensor]:
     return grad_residual, sums
 
 
-def _like_output(x: Tensor, grad_out: Tensor) -> Tensor:
-    """An activation with the layout and dtype of a folded unit's output."""
-    return torch.empty(grad_out.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _double_backward(
-    ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
-) -> list[Tensor | None]:
+def _double_backward(ctx: Any, saved: Any, grad_out: Tensor) -> list[Tensor | None]:
     width = len(Branch._fields)
-    main, tensors = Branch(*ctx.saved_tensors[:width]), ctx.saved_tensors[width:]
+    main, tensors = Branch(*saved[:width]), saved[width:]
     branch, raw, out = tensors[:width], Raw(*tensors[width : width + 3]), tensors[width + 3]
     eps, shortcut_eps, stride, relu_x, relu = ctx.options
-    plain = ctx.has_residual and raw.x is None
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    if plain and relu:
+    if relu:  # a plain residual is not kept: the mask comes from the output
         grad_out = _masked(grad_out, out)
 
     def folded(x: Tensor, tensors: Any, eps: float, stride: Any) -> Tensor:
@@ -268,23 +260,16 @@ def _double_backward(
         bn = BatchNorm2dParameters(None, None, bn_weight, bn_bias, True, eps=eps)
         return reference.conv_bn_act(x, Conv2dParameters(weight, bias, stride), bn, activation="identity")
 
-    def forward(x: Tensor, affine: Any, *others: Any) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, affine: Any, *others: Any) -> Tensor:
         a = reference.normalized(x, affine, main.mean, "relu" if relu_x else "identity")
         z = folded(a, others[:4], eps, 1)
         if others[4] is not None:
             z = z + reference.normalized(others[4], others[5], raw.mean, "identity")
-        if others[6] is not None:
-            z = z + folded(others[6], others[7:], shortcut_eps, stride)
-        z = reference.activate(z, "relu" if relu and not plain else "identity")
-        return z, *(reference.moments(z) if grad_mean is not None or grad_var is not None else ())
+        return z if others[6] is None else z + folded(others[6], others[7:], shortcut_eps, stride)
 
     inputs = [*main[:2], *main[3:7], raw.x, raw.affine, branch[0], *branch[3:7]]
-    incoming: tuple[Tensor, ...] = (grad_out,)
-    if grad_mean is not None or grad_var is not None:
-        like = main.var.detach()
-        incoming += tuple(torch.zeros_like(like) if g is None else g for g in (grad_mean, grad_var))
-    grads = _differentiate(forward, inputs, incoming)
-    if plain:
+    grads = _differentiate(forward, inputs, grad_out)
+    if ctx.has_residual and raw.x is None:
         grads[6] = grad_out
     return [*grads[:2], None, *grads[2:8], None, *grads[8:]]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _Normalized, _recorded
+from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _recorded
+from resfuse.autograd_norm import Normalized
 from resfuse.parameters import BatchNorm2dParameters, Window
 
 
@@ -22,7 +23,7 @@ def bn_relu_maxpool(x: Tensor, bn: BatchNorm2dParameters, window: Window, *, own
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bn.weight, bn.bias)):
         return BNReLUMaxPoolFunction.apply(x, bn.weight, bn.bias, bn, window, owned)
-    own = _Normalized(x, bn)
+    own = Normalized(x, bn)
     return ops.scale_shift_relu_maxpool(x, own.scale, own.shift, *window)[0]
 
 
@@ -51,7 +52,7 @@ class BNReLUMaxPoolFunction(torch.autograd.Function):
         window: Window,
         owned: bool,
     ) -> Tensor:
-        own = _Normalized(x, bn)
+        own = Normalized(x, bn)
         out, indices = ops.scale_shift_relu_maxpool(x, own.scale, own.shift, *window)
         ctx.save_for_backward(x, weight, bias, indices, *own.saved())
         ctx.training, ctx.eps, ctx.window, ctx.owned = own.training, own.eps, window, owned

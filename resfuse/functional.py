@@ -10,22 +10,27 @@ from run to run. Under autocast, residuals follow the convolutions' dtype; norma
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from resfuse import _checks, autograd, raw_chain, reference
-from resfuse._calls import as_dense, autocasts, bump_versions, convolve, serving_backend
+from resfuse import _calls, _checks, reference
+from resfuse._calls import as_dense, autocasts, beside, bump_versions, serving_backend
 from resfuse.autograd import (
     AddReLUFunction,
     FinalizeFunction,
     MomentsFunction,
     ScaleShiftActFunction,
 )
-from resfuse.backends import choose
-from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse.blocks import basic_block as basic_block
+from resfuse.blocks import bottleneck as bottleneck
+from resfuse.blocks import conv_bn_act as conv_bn_act
+from resfuse.blocks import conv_stats as conv_stats
+from resfuse.blocks import preact_block as preact_block
+from resfuse.parameters import BatchNorm2dParameters, Moments
 from resfuse.pooling import bn_relu_maxpool as bn_relu_maxpool
 from resfuse.pooling import conv_bn_relu_maxpool as conv_bn_relu_maxpool
-from resfuse.reference import Shortcut
 
 
 def _any_order_dense(x: Tensor) -> bool:
@@ -33,15 +38,6 @@ def _any_order_dense(x: Tensor) -> bool:
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return True
     return not torch.compiler.is_compiling() and torch._prims_common.is_non_overlapping_and_dense_or_false(x)
-
-
-def _beside(residual: Tensor, x: Tensor) -> Tensor:
-    """residual in x's dtype and memory order."""
-    residual = residual.to(x.dtype)
-    if residual.stride() == x.stride():
-        return residual
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tensor:
@@ -71,7 +67,7 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tens
     return AddReLUFunction.apply(x, residual)
 
 
-def moments(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, *, backend: str | None = None) -> Moments:
     """Per-channel statistics: mean = E[x] and biased var = E[(x - mean)^2] over N, H and W.
 
     Args:
@@ -79,7 +75,7 @@ def moments(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         backend (str | None): see the module's description.
 
     Returns:
-        tuple[Tensor, Tensor]: mean and var, (C,), float32, or float64 for float64; NaN where N*H*W is 0.
+        Moments: mean and var, (C,), float32, or float64 for float64; NaN where N*H*W is 0.
 
     Raises:
         TypeError, ValueError: x is not as described. RuntimeError: the requested backend does not serve this call.
@@ -89,8 +85,8 @@ def moments(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """
     _checks.check_image("x", x)
     if serving_backend("moments", x, backend) == "reference":
-        return reference.moments(x)
-    return MomentsFunction.apply(as_dense(x))
+        return Moments(*reference.moments(x))
+    return Moments(*MomentsFunction.apply(as_dense(x)))
 
 
 def finalize(
@@ -191,32 +187,9 @@ def scale_shift_act(
     if serving_backend("scale_shift_act", x, backend) == "reference":
         return reference.scale_shift_act(x, scale, shift, residual, residual_scale, residual_shift, activation)
     x = as_dense(x)
-    residual = None if residual is None else _beside(residual, x)
+    residual = None if residual is None else beside(residual, x)
     dense = [None if v is None else v.contiguous() for v in vectors.values()]
     return ScaleShiftActFunction.apply(x, dense[0], dense[1], residual, dense[2], dense[3], activation == "relu")
-
-
-def _bn_act(
-    x: Tensor,
-    bn: BatchNorm2dParameters,
-    residual: Tensor | None,
-    residual_bn: BatchNorm2dParameters | None,
-    activation: str,
-    backend: str | None,
-    *,
-    owned: bool = False,
-) -> Tensor:
-    """bn_act on checked arguments. `owned`: nobody else reads x or a raw residual, see :func:`autograd.bn_act`."""
-    if residual is not None and residual.dtype != x.dtype:
-        residual = residual.to(x.dtype)
-    if serving_backend("bn_act", x, backend) == "reference":
-        return reference.bn_act(x, bn, residual, residual_bn, activation)
-    x = as_dense(x)
-    if residual is not None:
-        residual = _beside(residual, x)
-    out = autograd.bn_act(x, bn, residual, residual_bn, activation == "relu", owned=owned)
-    bump_versions(bn, residual_bn)
-    return out
 
 
 def bn_act(
@@ -226,8 +199,10 @@ def bn_act(
     residual_bn: BatchNorm2dParameters | None = None,
     activation: str = "relu",
     *,
+    moments: Moments | None = None,
+    return_moments: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """Batch normalisation, residual and activation: out = act(BN(x) + r).
 
     BN(x) = (x - mean) / sqrt(var + eps) * weight + bias, with the batch's mean and biased variance if bn.training,
@@ -240,11 +215,14 @@ def bn_act(
         residual (Tensor | None): x's shape, dtype and device.
         residual_bn (BatchNorm2dParameters | None): normalises the residual: the raw output of a projection.
         activation (str): "relu" or "identity".
+        moments (Moments | None): x's, where whoever wrote x handed them on; else they are taken here, in a pass.
+        return_moments (bool): hand on the output's moments, from the pass that writes it, for its normalisation.
         backend (str | None): see the module's description.
 
     Returns:
-        Tensor: (N, C, H, W) in x's dtype; x's memory order where x is dense, else contiguous. Kept for backward are x,
-        a raw residual, and the output where a residual was added: nothing normalised.
+        Tensor, or tuple[Tensor, Moments] with return_moments: (N, C, H, W) in x's dtype; x's memory order where x is
+        dense, else contiguous. Kept for backward are x, a raw residual, and the output where a residual was added or
+        its moments are handed on: nothing normalised.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is not as described, there is one value per channel in
@@ -253,133 +231,7 @@ def bn_act(
     _checks.check_image("x", x)
     _checks.check_activation_name(activation)
     _checks.check_norms(x, x.shape, bn, residual, residual_bn, cast=autocasts(x.device.type))
-    return _bn_act(x, bn, residual, residual_bn, activation, backend)
-
-
-def _residual_chain(
-    x: Tensor,
-    layers: list[tuple[Conv2dParameters, BatchNorm2dParameters]],
-    shortcut: Shortcut,
-    activation: str,
-    backend: str | None,
-    folding: bool | None,
-) -> Tensor:
-    _checks.check_activation_name(activation)
-    _checks.check_chain(x, layers, shortcut, cast=isinstance(x, Tensor) and autocasts(x.device.type))
-    choose("bn_act", x.device.type, x.dtype, backend)  # a missing backend raises before a running statistic changes
-    convs = [conv for conv, _ in layers] + ([shortcut[0]] if isinstance(shortcut, tuple) else [])
-    if raw_chain.why_not(x, convs, backend) is None:
-        return raw_chain.residual_chain(x, layers, shortcut, activation, folding)
-    residual_bn = None
-    residual = x if shortcut is None else shortcut
-    y = x
-    for conv, bn in layers[:-1]:
-        y = _bn_act(convolve(y, conv), bn, None, None, activation, backend, owned=True)
-    conv, bn = layers[-1]
-    y = convolve(y, conv)
-    if isinstance(residual, tuple):
-        projection, residual_bn = residual
-        residual = convolve(x, projection)
-    return _bn_act(y, bn, residual, residual_bn, activation, backend, owned=True)
-
-
-def conv_bn_act(
-    x: Tensor,
-    conv: Conv2dParameters,
-    bn: BatchNorm2dParameters,
-    residual: Tensor | None = None,
-    residual_bn: BatchNorm2dParameters | None = None,
-    activation: str = "relu",
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """Convolution, batch normalisation, residual and activation: out = act(BN(conv(x)) + r).
-
-    Args:
-        x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
-        conv (Conv2dParameters): weight (K, C / groups, kH, kW) in x's dtype, or any under autocast.
-        bn (BatchNorm2dParameters): its vectors are (K,).
-        residual, residual_bn, activation, backend: as in :func:`bn_act`, with the convolution's output for x.
-
-    Returns:
-        Tensor: (N, K, H', W') in the convolution's dtype.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument is not as described; nothing has been updated.
-    """
-    _checks.check_image("x", x)
-    _checks.check_activation_name(activation)
-    cast = autocasts(x.device.type)
-    shape = _checks.check_conv(conv, x.shape, x, cast=cast, prefix="conv.")
-    _checks.check_norms(x, shape, bn, residual, residual_bn, cast=cast)
-    if residual_bn is None and raw_chain.why_not(x, [conv], backend) is None:
-        return raw_chain.conv_bn_act(x, (conv, bn), residual, activation)
-    return _bn_act(convolve(x, conv), bn, residual, residual_bn, activation, backend, owned=residual_bn is None)
-
-
-def basic_block(
-    x: Tensor,
-    conv1: Conv2dParameters,
-    bn1: BatchNorm2dParameters,
-    conv2: Conv2dParameters,
-    bn2: BatchNorm2dParameters,
-    shortcut: Shortcut = None,
-    activation: str = "relu",
-    *,
-    backend: str | None = None,
-    folding: bool | None = None,
-) -> Tensor:
-    """The two-layer residual unit: out = act(BN2(conv2(act(BN1(conv1(x))))) + shortcut).
-
-    Args:
-        x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
-        conv1, conv2 (Conv2dParameters): weights in x's dtype, or any under autocast; each fits its input.
-        bn1, bn2 (BatchNorm2dParameters): vectors of the convolution's output channels.
-        shortcut (Tensor | tuple[Conv2dParameters, BatchNorm2dParameters] | None): what is added: x itself if None, a
-            tensor of the output's shape, or BN(conv(x)), a projection, normalised in the pass that adds it.
-        activation (str): "relu" or "identity", after each normalisation and after the sum.
-        backend (str | None): see the module's description.
-        folding (bool | None): fold the last batch normalisation into its convolution during training, where that is
-            1x1 with stride 1; None decides by :func:`resfuse.backends.folds`.
-
-    Returns:
-        Tensor: (N, K, H', W') in the convolutions' dtype.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument is not as described; nothing has been updated.
-
-    Source: He et al. 2015, arXiv:1512.03385, figure 5 left.
-    """
-    return _residual_chain(x, [(conv1, bn1), (conv2, bn2)], shortcut, activation, backend, folding)
-
-
-def bottleneck(
-    x: Tensor,
-    conv1: Conv2dParameters,
-    bn1: BatchNorm2dParameters,
-    conv2: Conv2dParameters,
-    bn2: BatchNorm2dParameters,
-    conv3: Conv2dParameters,
-    bn3: BatchNorm2dParameters,
-    shortcut: Shortcut = None,
-    activation: str = "relu",
-    *,
-    backend: str | None = None,
-    folding: bool | None = None,
-) -> Tensor:
-    """The three-layer residual unit: out = act(BN3(conv3(act(BN2(conv2(act(BN1(conv1(x))))))) + shortcut).
-
-    Args:
-        x, shortcut, activation, backend, folding: as in :func:`basic_block`.
-        conv1, conv2, conv3 (Conv2dParameters), bn1, bn2, bn3 (BatchNorm2dParameters): the three layers; the stride may
-            be on the 3x3 convolution (torchvision's "v1.5") or on the first 1x1 (the paper's).
-
-    Returns:
-        Tensor: (N, K, H', W') in the convolutions' dtype.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument is not as described; nothing has been updated.
-
-    Source: He et al. 2015, arXiv:1512.03385, figure 5 right.
-    """
-    return _residual_chain(x, [(conv1, bn1), (conv2, bn2), (conv3, bn3)], shortcut, activation, backend, folding)
+    _checks.check_moments(moments, x)
+    return _calls.bn_act(
+        x, bn, residual, residual_bn, activation, backend, moments=moments, return_moments=return_moments
+    )

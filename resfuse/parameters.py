@@ -32,6 +32,18 @@ class Conv2dParameters(NamedTuple):
     groups: int = 1
 
 
+class Moments(NamedTuple):
+    """Per-channel statistics of an activation over N, H and W: (C,), float32, or float64 beside float64.
+
+    Attributes:
+        mean: E[x].
+        var: E[(x - mean)^2], biased.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+
 class BatchNorm2dParameters(NamedTuple):
     """What :func:`torch.nn.functional.batch_norm` takes besides its input, and the batch counter.
 

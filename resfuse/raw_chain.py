@@ -1,4 +1,4 @@
-"""Residual blocks whose activations travel raw: what tile kernels serve, composed from the units of autograd_conv.
+"""Blocks whose activations travel raw: what tile kernels serve, composed from the units of the autograd modules.
 
 Each convolution normalises its input while it loads it and hands its own output on with what normalises it; only a
 block's output is stored activated. Arguments have been checked by :mod:`resfuse.functional`.
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from resfuse._calls import autocasts, bump_versions, serving_backend
+from resfuse.autograd import MomentsFunction
 from resfuse.autograd_conv import conv_norm, conv_norm_act
 from resfuse.autograd_folding import expand_norm_act
+from resfuse.autograd_preact import conv_add, norm
 from resfuse.backends import folds, why_not_raw
-from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 from resfuse.raw import Raw, as_pair
 
 Layer = tuple[Conv2dParameters, BatchNorm2dParameters]
@@ -111,14 +113,14 @@ def _residual(shortcut: Tensor | None, projection: Layer | None) -> Raw | None:
     return _step(Raw(shortcut), *projection, False)[0]
 
 
-def conv_bn_act(x: Tensor, layer: Layer, residual: Tensor | None, activation: str) -> Tensor:
-    """act(BN(conv(x)) + residual)."""
+def conv_bn_act(x: Tensor, layer: Layer, residual: Tensor | None, activation: str, moments: bool) -> Any:
+    """act(BN(conv(x)) + residual); with `moments`, (out, Moments)."""
     r = None if residual is None else _as_input(residual)
     x = _as_input(x)
     with torch.autocast(x.device.type, enabled=False):
-        out = _close(Raw(x), layer, r, None, False, activation == "relu", False, False)
+        out = _close(Raw(x), layer, r, None, False, activation == "relu", False, moments)
     bump_versions(layer[1])
-    return out
+    return (out[0], Moments(*out[1:])) if moments else out
 
 
 def residual_chain(
@@ -129,7 +131,7 @@ def residual_chain(
     folding: bool | None,
     moments: bool = False,
 ) -> Any:
-    """act(BN(conv(... act(BN(conv(x))) ...)) + shortcut); with `moments`, (out, mean, var)."""
+    """act(BN(conv(... act(BN(conv(x))) ...)) + shortcut); with `moments`, (out, Moments)."""
     relu = activation == "relu"
     x = _as_input(x)
     projection = shortcut if isinstance(shortcut, tuple) else None
@@ -141,7 +143,7 @@ def residual_chain(
             through = passed if i == 0 else through
         out = _close(y, layers[-1], through if added is None else added, projection, relu, relu, folding, moments)
     bump_versions(*[bn for _, bn in layers], *([] if projection is None else [projection[1]]))
-    return out
+    return (out[0], Moments(*out[1:])) if moments else out
 
 
 def _step(
@@ -154,3 +156,41 @@ def _step(
     if bn.training or torch.is_grad_enabled():
         return conv_norm(x, conv, bn, relu, through=through)
     return Raw(conv_norm_act(x, conv, bn, None, relu, relu)), x.x
+
+
+def conv_stats(x: Tensor, conv: Conv2dParameters, residual: Tensor | None) -> tuple[Tensor, Moments]:
+    """conv(x) + residual, and its moments."""
+    added = None if residual is None else _as_input(residual)
+    x = _as_input(x)
+    with torch.autocast(x.device.type, enabled=False):
+        out, *moments = conv_add(Raw(x), conv, added, False, moments=True)
+    return out, Moments(*moments)
+
+
+def preact_chain(
+    x: Tensor,
+    layers: list[tuple[BatchNorm2dParameters, Conv2dParameters]],
+    shortcut: Tensor | Conv2dParameters | None,
+    activation: str,
+    moments: Moments | None,
+) -> tuple[Tensor, Moments]:
+    """conv(act(BN(... conv(act(BN(x))) ...))) + shortcut, and its moments; `moments` are x's, where they are known."""
+    relu = activation == "relu"
+    identity = shortcut is x
+    norms = [bn for bn, _ in layers]
+    x = _as_input(x)
+    with torch.autocast(x.device.type, enabled=False):
+        if moments is None and norms[0].training:
+            moments = Moments(*MomentsFunction.apply(x))
+        y = first = norm(x, moments, norms[0])
+        through = x
+        for i, (_, conv) in enumerate(layers[:-1]):
+            y, passed = conv_norm(y, conv, norms[i + 1], relu, through=i == 0 and identity and x.requires_grad)
+            through = passed if i == 0 else through
+        if isinstance(shortcut, Conv2dParameters):
+            residual = conv_add(first, shortcut, None, relu, moments=False)
+        else:
+            residual = through if identity else None if shortcut is None else _as_input(shortcut)
+        out, *found = conv_add(y, layers[-1][1], residual, relu, moments=True)
+    bump_versions(*norms)
+    return out, Moments(*found)

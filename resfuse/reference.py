@@ -48,6 +48,12 @@ def empty_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return zeros, zeros.clone()
 
 
+def add_moments(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """out = x + residual, and its moments."""
+    out = x if residual is None else (_accumulate(x) + _accumulate(residual)).to(x.dtype)
+    return out, *moments(out)
+
+
 def finalize(
     mean: Tensor,
     var: Tensor,
@@ -213,19 +219,19 @@ def conv_norm(
         assert bn.running_mean is not None and bn.running_var is not None
         dtype = _accumulate(x[:0]).dtype
         y_mean, var = bn.running_mean.to(dtype, copy=True), bn.running_var.to(dtype, copy=True)
-    scale, _ = finalize(y_mean, var, bn.weight, None, bn.eps)
-    bias = -(y_mean - y_mean.detach()) * scale
-    if bn.bias is not None:
-        bias = bias + bn.bias.to(bias.dtype)
-    return y, torch.stack([bias, scale]), y_mean.detach()
+    return y, affine_beside(y_mean, var, bn.weight, bn.bias, bn.eps), y_mean.detach()
+
+
+def affine_beside(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(bias, scale) that normalise beside a constant mean: a change of the mean moves the bias."""
+    scale, _ = finalize(mean, var, weight, None, eps)
+    moved = -(mean - mean.detach()) * scale
+    return torch.stack([moved if bias is None else moved + bias.to(moved.dtype), scale])
 
 
 def conv_add(x: Tensor, conv: Conv2dParameters, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """out = conv(x) + residual, and its moments: how a pre-activation block ends."""
-    out = _conv(x, conv)
-    if residual is not None:
-        out = out + residual.to(out.dtype)
-    return out, *moments(out)
+    return add_moments(_conv(x, conv), residual)
 
 
 def conv_bias_act(
@@ -238,14 +244,21 @@ def conv_bias_act(
     return activate(z, activation).to(x.dtype)
 
 
-def batch_norm_affine(x: Tensor, bn: BatchNorm2dParameters) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of a batch normalisation of x: from its moments in training, else from the running statistics."""
+def batch_norm_affine(
+    x: Tensor, bn: BatchNorm2dParameters, given: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a batch normalisation of x: from its moments in training, else from the running statistics.
+
+    given: the moments, where whoever wrote x handed them on.
+    """
     if not bn.training and bn.running_mean is not None and bn.running_var is not None:
         dtype = _accumulate(x[:0]).dtype
         # copies: a later update in place must not reach what autograd has kept
         mean, var = bn.running_mean.to(dtype, copy=True), bn.running_var.to(dtype, copy=True)
         return finalize(mean, var, bn.weight, bn.bias, bn.eps)
-    mean, var = moments(x) if x.numel() > 0 else empty_moments(x)
+    if given is None:
+        given = moments(x) if x.numel() > 0 else empty_moments(x)
+    mean, var = given
     return finalize(
         mean,
         var,
@@ -266,9 +279,10 @@ def bn_act(
     residual: Tensor | None = None,
     residual_bn: BatchNorm2dParameters | None = None,
     activation: str = "relu",
+    moments: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """act(BN(x) + r), with r absent, residual, or BN_r(residual)."""
-    scale, shift = batch_norm_affine(x, bn)
+    """act(BN(x) + r), with r absent, residual, or BN_r(residual); `moments` are x's, where they are known."""
+    scale, shift = batch_norm_affine(x, bn, moments)
     if residual is None or residual_bn is None:
         return scale_shift_act(x, scale, shift, residual, activation=activation)
     return scale_shift_act(x, scale, shift, residual, *batch_norm_affine(residual, residual_bn), activation)
@@ -342,3 +356,25 @@ def bottleneck(
 ) -> Tensor:
     """The three-layer residual unit of ResNet-50 and deeper. Source: arXiv:1512.03385, figure 5 right."""
     return residual_chain(x, [(conv1, bn1), (conv2, bn2), (conv3, bn3)], shortcut, activation)
+
+
+PreactLayer = tuple[BatchNorm2dParameters, Conv2dParameters]
+
+
+def preact_block(
+    x: Tensor,
+    layers: list[PreactLayer],
+    shortcut: Tensor | Conv2dParameters | None = None,
+    activation: str = "relu",
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """conv(act(BN(... conv(act(BN(x))) ...))) + shortcut, and the moments of this sum; `moments` are x's.
+
+    shortcut: None for nothing, a tensor (x itself: the identity), or a convolution of act(BN(x)), a projection.
+    """
+    y = first = bn_act(x, layers[0][0], activation=activation, moments=moments)
+    for i, (_, conv) in enumerate(layers):
+        y = _conv(y, conv)
+        if i + 1 < len(layers):
+            y = bn_act(y, layers[i + 1][0], activation=activation)
+    return add_moments(y, _conv(first, shortcut) if isinstance(shortcut, tuple) else shortcut)

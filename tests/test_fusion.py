@@ -115,21 +115,24 @@ def test_fuse_changes_nothing_but_classes(name):
     assert all(block.fused for block in resfuse.explain(model).blocks)
 
 
+@pytest.mark.parametrize("folding", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @networks()
-def test_every_normalisation_runs_fused(name, layout):
-    model = resfuse.fuse(build(name))
+def test_every_normalisation_runs_fused(name, layout, folding):
+    model = resfuse.fuse(build(name), folding=folding)
     x = torch.randn(2, 3, 32, 32).repeat(2, 1, 1, 1)
     found = nodes(model(x.to(memory_format=layout)))
     joined = sum(type(m.downsample) is nn.Sequential for m in model.modules() if hasattr(m, "downsample"))
     pooled = found.count("BNReLUMaxPoolFunctionBackward")
     assert pooled == (name != "cifar_resnet20")
-    closed = found.count("ConvNormActFunctionBackward")
+    folded = found.count("ExpandNormActFunctionBackward")
+    closed = found.count("ConvNormActFunctionBackward") + folded
     alone = found.count("BNActFunctionBackward") + pooled
     if layout == torch.contiguous_format:  # a map of one pixel is channels_last too
         assert alone + closed + found.count("ConvNormFunctionBackward") >= NETWORKS[name][1] - joined
-    elif closed:  # convolutions with their normalisation; a projection has a node of its own
-        assert alone + closed + found.count("ConvNormFunctionBackward") == NETWORKS[name][1]
+    elif closed:  # convolutions with their normalisation; a projection has a node of its own, unless it is folded
+        assert bool(folded) == (folding and any(hasattr(module, "conv3") for module in model.modules()))
+        assert alone + closed + found.count("ConvNormFunctionBackward") == NETWORKS[name][1] - (joined if folded else 0)
     else:
         assert alone == NETWORKS[name][1] - joined
     assert not [node for node in found if "NativeBatchNorm" in node or "Relu" in node or "MaxPool2D" in node]
