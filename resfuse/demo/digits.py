@@ -1,11 +1,14 @@
-"""Digits part: a small ResNet learns handwritten digits twice from the same start, stock and fused, in lockstep."""
+"""Digits part: a small ResNet learns handwritten digits twice from the same start, stock and fused, in lockstep.
+
+Its pieces (:func:`batches`, :func:`trainer`, :func:`held_out`) also serve the test of a whole training run.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,10 +50,10 @@ def measure(
     stock = to_layout(get_model(settings.digits_network, in_channels=1), torch.channels_last)
     models = {"stock": stock, "fused": fuse(copy.deepcopy(stock), backend=backend, strict=True)}
     total = ticks(settings)
-    steps = {name: _trainer(model, total) for name, model in models.items()}
+    steps = {name: trainer(model, total) for name, model in models.items()}
     losses: dict[str, list[float]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for i, (images, labels) in enumerate(_batches(digits, settings, seed)):
+    for i, (images, labels) in enumerate(batches(digits, settings, seed)):
         for name in list(models)[:: 1 if i % 2 else -1]:  # neither is always first
             start = time.perf_counter()
             losses[name].append(steps[name](images, labels))
@@ -59,7 +62,7 @@ def measure(
     found = {
         name: {
             "losses": [round(loss, 6) for loss in losses[name]],
-            "accuracy": _accuracy(model, digits),
+            "accuracy": held_out(model, digits)[1],
             "seconds": sum(seconds[name]),
             "step": milliseconds(seconds[name]),
         }
@@ -68,7 +71,8 @@ def measure(
     return {**found, "ratio": compare(seconds, "fused", "stock")._asdict()}
 
 
-def _batches(digits: Digits, settings: Settings, seed: int):
+def batches(digits: Digits, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images in channels_last and labels, every epoch in another order that the seed decides."""
     generator = torch.Generator().manual_seed(seed)
     size = settings.digits_batch
     for _ in range(settings.epochs):
@@ -79,9 +83,11 @@ def _batches(digits: Digits, settings: Settings, seed: int):
             yield images, digits.train_labels[rows]
 
 
-def _trainer(model: nn.Module, total: int) -> Callable[[Tensor, Tensor], float]:
-    """A function that takes one step on a batch and returns its loss; the rate rises, then falls to zero."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=_PEAK_RATE, momentum=0.9, weight_decay=5e-4)
+def trainer(
+    model: nn.Module, total: int, *, peak_rate: float = _PEAK_RATE, autocast: torch.dtype | None = None
+) -> Callable[[Tensor, Tensor], float]:
+    """A function that takes one of `total` steps and returns its loss; the rate rises to its peak, then falls to 0."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=peak_rate, momentum=0.9, weight_decay=5e-4)
     warm = max(1, total // 10)
     fall = max(1, total - warm)
 
@@ -93,7 +99,8 @@ def _trainer(model: nn.Module, total: int) -> Callable[[Tensor, Tensor], float]:
 
     def step(images: Tensor, labels: Tensor) -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(images), labels)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -103,8 +110,10 @@ def _trainer(model: nn.Module, total: int) -> Callable[[Tensor, Tensor], float]:
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, digits: Digits) -> float:
+def held_out(model: nn.Module, digits: Digits) -> tuple[float, float]:
+    """Mean cross entropy and accuracy on the test part, in evaluation mode."""
     model.eval()
     images = digits.test_images.contiguous(memory_format=torch.channels_last)
-    guesses = torch.cat([model(part).argmax(1) for part in images.split(200)])
-    return (guesses == digits.test_labels).float().mean().item()
+    outputs = torch.cat([model(part) for part in images.split(200)])
+    accuracy = (outputs.argmax(1) == digits.test_labels).float().mean().item()
+    return F.cross_entropy(outputs, digits.test_labels).item(), accuracy
