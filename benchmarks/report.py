@@ -1,7 +1,8 @@
 """The README's tables, generated from the newest records of benchmarks/results; `--check` only compares.
 
 Records of quick runs are left out. A cell of a table comes from one record or from one run, so that its ratios are
-between times that were taken in turn.
+between times that were taken in turn; different rows may come from different runs, so that part of a table can be
+measured again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from resfuse.bench.records import Record, read
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
-_MODES = ("training", "inference")
+_MODES = ("training", "memory", "inference")
 
 
 def newest(records: list[Record], *keys: str) -> list[Record]:
@@ -39,17 +40,27 @@ def render(models: list[Record], units: list[Record]) -> str:
     """
     parts = []
     models = newest(models, "model", "mode", "dtype", "batch", "size")
-    units = _last_run(newest(units, "unit", "form", "dtype", "shape"))
+    units = _last_runs(newest(units, "unit", "form", "dtype", "shape"))
+    timed = [record for record in models if record["mode"] != "memory"]
+    if timed:
+        parts += [_speed_table(timed), _caption(timed, _SPEED_NOTE)]
     if models:
-        parts += [_models_table(models), _caption(models, "Median of interleaved samples; more images/s is better.")]
+        parts += [_memory_table(models), _caption(models, _MEMORY_NOTE)]
     if units:
         parts += [_units_table(units), _caption(units, _UNITS_NOTE)]
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
-def _last_run(records: list[Record]) -> list[Record]:
-    last = max((record["environment"]["date"] for record in records), default=None)
-    return [record for record in records if record["environment"]["date"] == last]
+def _last_runs(records: list[Record]) -> list[Record]:
+    """Of each row's records those of the run that measured it last: its shapes belong together."""
+
+    def row(record: Record) -> tuple[str, ...]:
+        return record["unit"], record["form"], record["dtype"]
+
+    last: dict[tuple[str, ...], str] = {}
+    for record in records:
+        last[row(record)] = max(record["environment"]["date"], last.get(row(record), ""))
+    return [record for record in records if record["environment"]["date"] == last[row(record)]]
 
 
 def _table(head: list[str], rows: list[list[str]], left: int) -> str:
@@ -58,28 +69,69 @@ def _table(head: list[str], rows: list[list[str]], left: int) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 
-def _models_table(records: list[Record]) -> str:
-    head = ["network", "", "dtype", "batch", "eager images/s", "torch.compile", "resfuse", "to eager", "to compile",
-            "saved, to eager", "peak MB, eager", "resfuse"]  # fmt: skip
-    ordered = sorted(records, key=lambda r: (_MODES.index(r["mode"]), r["model"], r["batch"], r["dtype"] != "float32"))
-    return _table(head, [_models_row(record) for record in ordered], left=3)
+_SPEED_NOTE = (
+    "Median of interleaved samples; more images/s is better. `outside` is what a training step spends outside "
+    "convolutions and the optimizer: its time less that of the same convolutions run bare, forward and both gradients, "
+    "by the kernels that the variant uses, and less the optimizer's; the median over the rounds."
+)
+_MEMORY_NOTE = (
+    "`saved` is what autograd keeps for backward, parameters left out; `peak` the most memory that a process of its "
+    "own held, import included. Mode memory takes a few training steps and times nothing."
+)
 
 
-def _models_row(record: Record) -> list[str]:
-    variants = record["variants"]
+def _ordered(records: list[Record]) -> list[Record]:
+    return sorted(records, key=lambda r: (_MODES.index(r["mode"]), r["model"], r["batch"], r["dtype"] != "float32"))
 
-    def cell(variant: str, key: str, form: str, scale: float = 1.0) -> str:
-        value = variants.get(variant, {}).get(key)
-        return "" if value is None else format(value * scale, form)
 
-    saved = [variants.get(name, {}).get("saved_bytes") for name in ("fused", "eager")]
+def _name(record: Record) -> list[str]:
+    return [record["model"], record["mode"], record["dtype"], str(record["batch"])]
+
+
+_NAME = ["network", "", "dtype", "batch"]
+
+
+def _speed_table(records: list[Record]) -> str:
+    head = [*_NAME, "eager images/s", "torch.compile", "resfuse", "to eager", "to compile",
+            "outside, eager ms", "resfuse ms", "to eager"]  # fmt: skip
+    return _table(head, [_speed_row(record) for record in _ordered(records)], left=3)
+
+
+def _speed_row(record: Record) -> list[str]:
+    rates = [_value(record, name, "images_per_s") for name in ("eager", "compile", "fused")]
+    outside = [record.get("outside_ms", {}).get(name) for name in ("eager", "fused")]
     return [
-        record["model"], record["mode"], record["dtype"], str(record["batch"]),
-        *(cell(name, "images_per_s", ".1f") for name in ("eager", "compile", "fused")),
+        *_name(record),
+        *(_format(rate, ".1f") for rate in rates),
         *(_speedup(record["ratios"].get(f"fused/{name}")) for name in ("eager", "compile")),
-        f"{saved[0] / saved[1]:.2f}" if all(saved) else "",
-        *(cell(name, "peak_rss_bytes", ".0f", 1e-6) for name in ("eager", "fused")),
-    ]  # fmt: skip
+        *(_format(ms, ".1f") for ms in outside),
+        _share(outside[1], outside[0]),
+    ]
+
+
+def _memory_table(records: list[Record]) -> str:
+    head = [*_NAME, "saved MB, eager", "resfuse", "to eager", "peak MB, eager", "resfuse", "to eager"]
+    return _table(head, [_memory_row(record) for record in _ordered(records)], left=3)
+
+
+def _memory_row(record: Record) -> list[str]:
+    cells = _name(record)
+    for key in ("saved_bytes", "peak_rss_bytes"):
+        eager, fused = (_value(record, name, key) for name in ("eager", "fused"))
+        cells += [_format(eager, ".0f", 1e-6), _format(fused, ".0f", 1e-6), _share(fused, eager)]
+    return cells
+
+
+def _value(record: Record, variant: str, key: str) -> float | None:
+    return record["variants"].get(variant, {}).get(key)
+
+
+def _format(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "" if value is None else format(value * scale, form)
+
+
+def _share(ours: float | None, theirs: float | None) -> str:
+    return "" if ours is None or theirs is None or theirs <= 0 else f"{ours / theirs:.2f}"
 
 
 def _speedup(ratio: dict[str, float] | None) -> str:

@@ -1,6 +1,5 @@
-"""The measuring library and the report: their arithmetic on known values, never a time."""
+"""The measuring library: its arithmetic on known values, never a time."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -9,29 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from resfuse import backends, models, ops
-from resfuse.bench import parity
+from resfuse import fuse, models, ops
+from resfuse.bench import convolutions, parity
 from resfuse.bench.environment import describe, environment, native_environment
 from resfuse.bench.memory import model_tensors, peak_resident_bytes, saved_memory
 from resfuse.bench.records import append, read
-from resfuse.bench.shapes import batch_norm_shapes
+from resfuse.bench.shapes import batch_norm_shapes, conv_shapes
 from resfuse.bench.timing import calls_for, compare, interleave, milliseconds, quantile, summarise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
-needs_native = pytest.mark.skipif(
-    backends.missing("bn_act", "native", "cpu", torch.float32) is not None, reason="the native library is missing"
-)
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Clock:
@@ -139,6 +127,46 @@ def test_shapes_of_a_network():
     assert found[0] == ((16, 64, 112, 112), ("bn1",))
     assert ((16, 2048, 7, 7), ("layer4.0.bn3", "layer4.0.downsample.1", "layer4.1.bn3", "layer4.2.bn3")) in found
     assert found[0].numel == 16 * 64 * 112 * 112
+
+
+def test_convolutions_of_a_network():
+    found = conv_shapes(models.resnet50, (2, 3, 64, 64))
+    assert len(found) == 53 and found[0][:4] == ("conv1", (2, 3, 64, 64), (2, 64, 32, 32), (64, 3, 7, 7))
+    strided = next(conv for conv in found if conv.name == "layer2.0.conv2")
+    assert strided[4:] == ((2, 2), (1, 1), (1, 1), 1) and strided.output == (2, 128, 8, 8)
+    # the 4.09 GFLOP of the paper's table, as multiply-adds at 224x224, less the linear layer
+    whole = conv_shapes(models.resnet50, (1, 3, 224, 224))
+    work = sum(math.prod(conv.output) * math.prod(conv.weight[1:]) for conv in whole)
+    assert work == pytest.approx(4.09e9, rel=0.01)
+    with pytest.raises(NotImplementedError, match="padding 'same'"):
+        conv_shapes(lambda: nn.Conv2d(3, 3, 3, padding="same"), (1, 3, 5, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bare_convolutions_are_convolutions(dtype):
+    shapes = conv_shapes(lambda: models.get_model("cifar_resnet20"), (2, 3, 8, 8))
+    fused = fuse(models.get_model("cifar_resnet20").to(memory_format=torch.channels_last))
+    tiled = convolutions.served_by_tiles(fused, dtype)
+    assert len(tiled) == (9 if dtype in ops.tile_dtypes else 0)
+    assert convolutions.served_by_tiles(models.get_model("cifar_resnet20"), dtype) == ()
+    ours, torchs = (convolutions.bare_convolutions(shapes, names, dtype) for names in (tiled, ()))
+    for shape, a, b in zip(shapes, ours, torchs, strict=True):
+        (grad_x, grad_weight), (torch_x, torch_weight) = a.backward(), b.backward()
+        assert (grad_x is None) == (torch_x is None) == (shape.name == "conv1")
+        pairs = [(a.forward(), b.forward()), (grad_weight, torch_weight), (grad_x, torch_x)]
+        for mine, other in pairs[: 2 if grad_x is None else 3]:
+            assert mine.shape == other.shape
+            assert parity.relative_l2(mine, other.double()) < 8 * parity.FLOOR[dtype]
+
+
+def test_bare_convolutions_run_forward_then_backward():
+    log = []
+    convs = [
+        convolutions.BareConv(lambda i=i: log.append(("forward", i)), lambda i=i: log.append(("backward", i)))
+        for i in range(2)
+    ]
+    convolutions.run(convs)
+    assert log == [("forward", 0), ("forward", 1), ("backward", 1), ("backward", 0)]
 
 
 def test_environment_record():
@@ -258,103 +286,3 @@ def test_relative_l2(value, exact, error):
 def test_floors_are_those_of_the_tests():
     numerics = pytest.importorskip("numerics")
     assert numerics.FLOOR == parity.FLOOR
-
-
-WHERE = {
-    "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "dirty": False, "device_name": "Some CPU",
-    "capability": "AVX512", "threads": 2, "torch": "2.13.0",
-}  # fmt: skip
-
-
-def model_record(fused_ms=50.0, quick=False, **changes):
-    times = {"eager": 100.0, "compile": 80.0, "fused": fused_ms}
-    variants = {
-        name: {"median_ms": ms, "images_per_s": round(16e3 / ms, 2), "saved_bytes": 10**8, "peak_rss_bytes": 10**9}
-        for name, ms in times.items()
-    }
-    ratios = {f"fused/{b}": {"of_medians": fused_ms / times[b], "paired": 0.5} for b in ("eager", "compile")}
-    cell = {"model": "resnet50", "mode": "training", "dtype": "float32", "batch": 16, "size": 224}
-    return {"quick": quick, "environment": WHERE, **cell, "variants": variants, "ratios": ratios, **changes}
-
-
-def unit_record(shape, over_stock, **changes):
-    return {
-        "quick": False, "environment": WHERE, "unit": "moments", "form": "", "dtype": "float32", "shape": shape,
-        "gb_per_s": 20.0, "share_of_copy": 0.8, "over_stock": over_stock, **changes,
-    }  # fmt: skip
-
-
-def test_report_renders_the_newest_records():
-    report = load_script("report")
-    old, new, quick = model_record(200.0), model_record(50.0), model_record(1.0, quick=True)
-    units = [
-        unit_record([1, 2, 3, 3], {"of_medians": 0.5, "paired": 0.5}),
-        unit_record([1, 2, 5, 5], {"of_medians": 2.0, "paired": 2.0}),
-    ]
-    text = report.render([old, new, quick], units)
-    assert "| resnet50 | training | float32 | 16 | 160.0 | 200.0 | 320.0 | 2.00x | 1.60x | 1.00 | 1000 | 1000 |" in text
-    assert "| moments |  | float32 | 20 | 80% (80% to 80%) | 1.00x (0.50 to 2.00) |" in text
-    assert "Some CPU" in text and "commit 012345678" in text and "1x2x3x3, 1x2x5x5" in text
-    assert report.render([], []) == "" and report.render([quick], []) == ""
-
-
-def test_report_shows_what_was_not_measured_as_empty():
-    record = model_record()
-    del record["variants"]["compile"], record["ratios"]["fused/compile"]
-    for row in record["variants"].values():
-        del row["saved_bytes"], row["peak_rss_bytes"]
-    assert "| 16 | 160.0 |  | 320.0 | 2.00x |  |  |  |  |" in load_script("report").render([record], [])
-
-
-def test_report_check_says_whether_the_tables_are_stale(tmp_path, capsys):
-    report = load_script("report")
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    arguments = ["--readme", str(readme), "--results", str(results)]
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    append(results / "models.jsonl", model_record())
-    assert report.main([*arguments, "--check"]) == 1 and "stale" not in readme.read_text()
-    assert "run python benchmarks/report.py" in capsys.readouterr().out
-    assert "old" in readme.read_text()
-    assert report.main(arguments) == 0
-    written = readme.read_text()
-    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
-    assert report.main([*arguments, "--check"]) == 0
-    append(results / "models.jsonl", model_record(40.0))
-    assert report.main([*arguments, "--check"]) == 1
-
-
-@pytest.mark.parametrize("text", ["", "{0}", "{1}{0}", "{0}{1}{0}"], ids=["none", "one", "swapped", "twice"])
-def test_report_refuses_a_text_without_its_markers(text):
-    report = load_script("report")
-    with pytest.raises(ValueError, match="once each"):
-        report.replace_block(text.format(report.START, report.END), "new")
-
-
-@needs_native
-def test_units_refuse_a_wrong_result():
-    units = load_script("bench_units")
-    inputs = units.Inputs((2, 5, 4, 4), torch.float32)
-    case = next(c for c in units.cases(inputs) if (c.unit, c.form) == ("scale_shift_act", "raw"))
-    units.check(case, inputs)
-    (out,) = case.ours()
-    for wrong in (out * 1.0001, torch.zeros_like(out), F.pad(out, (0, 1)), torch.full_like(out, math.nan)):
-        with pytest.raises((SystemExit, RuntimeError), match=r"wrong result|size"):
-            units.check(units.Case(**{**vars(case), "ours": lambda wrong=wrong: (wrong,)}), inputs)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(4, 8, 9, 9), (2, 65, 3, 3)], ids=str)
-def test_every_unit_passes_its_own_check(shape, dtype):
-    units = load_script("bench_units")
-    inputs = units.Inputs(shape, dtype)
-    names = []
-    for case in units.cases(inputs):
-        units.check(case, inputs)
-        names.append((case.unit, case.form))
-    assert len(set(names)) == len(names) == 17
-
-
-@needs_native
-def test_the_fused_network_passes_the_gate_before_it_is_timed():
-    load_script("bench_models").check("resnet18", "float32")

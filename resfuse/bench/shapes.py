@@ -1,7 +1,8 @@
-"""Shapes: the activations that a network normalises, found by running it without memory."""
+"""Shapes: what a network normalises and what it convolves, found by running it without memory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,10 +20,39 @@ class NormShape(NamedTuple):
     @property
     def numel(self) -> int:
         """Number of values."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+
+class ConvShape(NamedTuple):
+    """One convolution: its name, the shapes of its input, output and weight, and how it moves."""
+
+    name: str
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+Visit = Callable[[str, nn.Module, Tensor, Tensor], None]
+
+
+def _run_on_meta(
+    build: Callable[[], nn.Module], input_shape: tuple[int, ...], kind: type[nn.Module], visit: Visit
+) -> None:
+    """Run a network without memory or arithmetic; visit(name, module, input, output) each call of a `kind`."""
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, inputs, output: visit(name, module, inputs[0], output)
+
+    with torch.device("meta"), torch.no_grad():
+        model = build()
+        for name, module in model.named_modules():
+            if isinstance(module, kind):
+                module.register_forward_hook(hook_of(name))
+        model(torch.empty(input_shape))
 
 
 def batch_norm_shapes(build: Callable[[], nn.Module], input_shape: tuple[int, ...]) -> list[NormShape]:
@@ -40,16 +70,30 @@ def batch_norm_shapes(build: Callable[[], nn.Module], input_shape: tuple[int, ..
     """
     found: dict[tuple[int, ...], list[str]] = {}
 
-    def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found.setdefault(tuple(inputs[0].shape), []).append(name)
+    def visit(name: str, _: nn.Module, x: Tensor, __: Tensor) -> None:
+        found.setdefault(tuple(x.shape), []).append(name)
 
-        return hook
-
-    with torch.device("meta"), torch.no_grad():
-        model = build()
-        for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm):
-                module.register_forward_pre_hook(remember(name))
-        model(torch.empty(input_shape))
+    _run_on_meta(build, input_shape, _BatchNorm, visit)
     return [NormShape(shape, tuple(names)) for shape, names in found.items()]
+
+
+def conv_shapes(build: Callable[[], nn.Module], input_shape: tuple[int, ...]) -> list[ConvShape]:
+    """A network's convolutions, in the order of the forward pass; arguments as :func:`batch_norm_shapes`.
+
+    Returns:
+        list[ConvShape]: one entry a call.
+
+    Raises:
+        NotImplementedError: a convolution whose padding is given by name.
+    """
+    found: list[ConvShape] = []
+
+    def visit(name: str, conv: nn.Module, x: Tensor, y: Tensor) -> None:
+        assert isinstance(conv, nn.Conv2d)
+        if isinstance(conv.padding, str):
+            raise NotImplementedError(f"{name}: padding {conv.padding!r} is not resolved here")
+        read, written, weight = (tuple(tensor.shape) for tensor in (x, y, conv.weight))
+        found.append(ConvShape(name, read, written, weight, conv.stride, conv.padding, conv.dilation, conv.groups))
+
+    _run_on_meta(build, input_shape, nn.Conv2d, visit)
+    return found

@@ -1,0 +1,209 @@
+"""The benchmark scripts and the report made of their records: what is measured and what is shown, never a time."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resfuse import backends
+from resfuse.bench.records import append
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[1]
+needs_native = pytest.mark.skipif(
+    backends.missing("bn_act", "native", "cpu", torch.float32) is not None, reason="the native library is missing"
+)
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WHERE = {
+    "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "dirty": False, "device_name": "Some CPU",
+    "capability": "AVX512", "threads": 2, "torch": "2.13.0",
+}  # fmt: skip
+
+
+def model_record(fused_ms=50.0, quick=False, **changes):
+    times = {"eager": 100.0, "compile": 80.0, "fused": fused_ms}
+    variants = {
+        name: {"median_ms": ms, "images_per_s": round(16e3 / ms, 2), "saved_bytes": 10**8, "peak_rss_bytes": 10**9}
+        for name, ms in times.items()
+    }
+    ratios = {f"fused/{b}": {"of_medians": fused_ms / times[b], "paired": 0.5} for b in ("eager", "compile")}
+    cell = {"model": "resnet50", "mode": "training", "dtype": "float32", "batch": 16, "size": 224}
+    found = {"variants": variants, "ratios": ratios, "outside_ms": {"eager": 20.0, "fused": 5.0}}
+    return {"quick": quick, "environment": WHERE, **cell, **found, **changes}
+
+
+def memory_record(**changes):
+    variants = {"eager": {"saved_bytes": 10**8, "peak_rss_bytes": 10**9},
+                "fused": {"saved_bytes": 5 * 10**7, "peak_rss_bytes": 6 * 10**8}}  # fmt: skip
+    record = model_record(mode="memory", batch=32, variants=variants, ratios={}, **changes)
+    del record["outside_ms"]
+    return record
+
+
+def unit_record(shape, over_stock, **changes):
+    return {
+        "quick": False, "environment": WHERE, "unit": "moments", "form": "", "dtype": "float32", "shape": shape,
+        "gb_per_s": 20.0, "share_of_copy": 0.8, "over_stock": over_stock, **changes,
+    }  # fmt: skip
+
+
+def test_report_renders_the_newest_records():
+    report = load_script("report")
+    old, new, quick = model_record(200.0), model_record(50.0), model_record(1.0, quick=True)
+    units = [
+        unit_record([1, 2, 3, 3], {"of_medians": 0.5, "paired": 0.5}),
+        unit_record([1, 2, 5, 5], {"of_medians": 2.0, "paired": 2.0}),
+    ]
+    text = report.render([old, new, quick], units)
+    assert "| resnet50 | training | float32 | 16 | 160.0 | 200.0 | 320.0 | 2.00x | 1.60x | 20.0 | 5.0 | 0.25 |" in text
+    assert "| resnet50 | training | float32 | 16 | 100 | 100 | 1.00 | 1000 | 1000 | 1.00 |\n" in text
+    assert "| moments |  | float32 | 20 | 80% (80% to 80%) | 1.00x (0.50 to 2.00) |" in text
+    assert "Some CPU" in text and "commit 012345678" in text and "1x2x3x3, 1x2x5x5" in text
+    assert report.render([], []) == "" and report.render([quick], []) == ""
+
+
+def test_report_shows_what_was_not_measured_as_empty():
+    record = model_record()
+    del record["variants"]["compile"], record["ratios"]["fused/compile"], record["outside_ms"]
+    for row in record["variants"].values():
+        del row["saved_bytes"], row["peak_rss_bytes"]
+    text = load_script("report").render([record], [])
+    assert "| 16 | 160.0 |  | 320.0 | 2.00x |  |  |  |  |\n" in text
+    assert "| 16 |  |  |  |  |  |  |\n" in text
+
+
+def test_report_shows_memory_taken_alone_in_its_own_table():
+    report = load_script("report")
+    speed, memory = (part for part in report.render([model_record(), memory_record()], []).split("\n\n") if "|" in part)
+    assert "| resnet50 | memory | float32 | 32 | 100 | 50 | 0.50 | 1000 | 600 | 0.60 |" in memory
+    assert "memory" not in speed and "images/s" not in memory
+    assert "images/s" not in report.render([memory_record()], [])
+
+
+def test_a_run_of_part_of_the_table_keeps_the_other_rows():
+    report = load_script("report")
+    later = {**WHERE, "date": "2026-02-02T03:04:05+00:00"}
+    small = model_record(100.0, model="resnet18")
+    text = report.render([model_record(100.0), small, model_record(50.0, environment=later)], [])
+    assert "| resnet18 | training | float32 | 16 | 160.0 | 200.0 | 160.0 |" in text
+    assert "| resnet50 | training | float32 | 16 | 160.0 | 200.0 | 320.0 |" in text and text.count("| resnet50 |") == 2
+    first = [unit_record([1, 2, 3, 3], None, unit=unit) for unit in ("moments", "add_relu")]
+    again = unit_record([1, 2, 5, 5], None, share_of_copy=0.9, environment=later)
+    text = report.render([], [*first, again])
+    assert "| moments |  | float32 | 20 | 90% (90% to 90%) |" in text, "shapes of two runs are not mixed"
+    assert "| add_relu |  | float32 | 20 | 80% (80% to 80%) |" in text
+
+
+def test_report_check_says_whether_the_tables_are_stale(tmp_path, capsys):
+    report = load_script("report")
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    append(results / "models.jsonl", model_record())
+    assert report.main([*arguments, "--check"]) == 1 and "stale" not in readme.read_text()
+    assert "run python benchmarks/report.py" in capsys.readouterr().out
+    assert "old" in readme.read_text()
+    assert report.main(arguments) == 0
+    written = readme.read_text()
+    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
+    assert report.main([*arguments, "--check"]) == 0
+    append(results / "models.jsonl", model_record(40.0))
+    assert report.main([*arguments, "--check"]) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{0}", "{1}{0}", "{0}{1}{0}"], ids=["none", "one", "swapped", "twice"])
+def test_report_refuses_a_text_without_its_markers(text):
+    report = load_script("report")
+    with pytest.raises(ValueError, match="once each"):
+        report.replace_block(text.format(report.START, report.END), "new")
+
+
+@needs_native
+def test_units_refuse_a_wrong_result():
+    units = load_script("bench_units")
+    inputs = units.Inputs((2, 5, 4, 4), torch.float32)
+    case = next(c for c in units.cases(inputs) if (c.unit, c.form) == ("scale_shift_act", "raw"))
+    units.check(case, inputs)
+    (out,) = case.ours()
+    for wrong in (out * 1.0001, torch.zeros_like(out), F.pad(out, (0, 1)), torch.full_like(out, math.nan)):
+        with pytest.raises((SystemExit, RuntimeError), match=r"wrong result|size"):
+            units.check(units.Case(**{**vars(case), "ours": lambda wrong=wrong: (wrong,)}), inputs)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 8, 9, 9), (2, 65, 3, 3)], ids=str)
+def test_every_unit_passes_its_own_check(shape, dtype):
+    units = load_script("bench_units")
+    inputs = units.Inputs(shape, dtype)
+    names = []
+    for case in units.cases(inputs):
+        units.check(case, inputs)
+        names.append((case.unit, case.form))
+    assert len(set(names)) == len(names) == 17
+
+
+@needs_native
+def test_the_fused_network_passes_the_gate_before_it_is_timed():
+    load_script("bench_models").check("resnet18", "float32")
+
+
+def test_the_command_line_chooses_rows(monkeypatch):
+    bench = load_script("bench_models")
+
+    def rows(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bench_models.py", *arguments])
+        return bench.chosen(bench.parse())
+
+    assert rows() == list(bench.TABLE)
+    assert {cell.model for cell in rows("--only", "resnet18", "resnext50_32x4d")} == {"resnet18", "resnext50_32x4d"}
+    assert [cell.batch for cell in rows("--modes", "memory")] == [32]
+    assert rows("--quick", "--modes", "inference") == [bench.Cell("resnet18", "inference", 4, 64)]
+    with pytest.raises(SystemExit):
+        rows("--only", "resnet51")
+
+
+def test_outside_is_what_is_left_of_a_step():
+    samples = {
+        "eager": [1.0, 2.0, 9.0], "fused": [0.5, 0.5, 0.5], "compile": [1.0, 1.0, 1.0], "optimizer": [0.1, 0.1, 0.1],
+        "eager convolutions": [0.6, 1.0, 1.0], "fused convolutions": [0.3, 0.5, 0.2],
+    }  # fmt: skip
+    assert load_script("bench_models").outside(samples) == {"eager": 900.0, "fused": 100.0}
+    assert load_script("bench_models").outside({"eager": [1.0]}) == {}
+
+
+@needs_native
+def test_a_small_network_is_measured():
+    bench = load_script("bench_models")
+    cell = bench.Cell("cifar_resnet20", "training", 4, 16)
+    record = bench.measure(cell, "float32", ("eager", "fused"), 1)
+    assert record["variants"].keys() == record["outside_ms"].keys() == {"eager", "fused"}
+    assert record["parts"].keys() == {"eager convolutions", "fused convolutions", "optimizer"}
+    eager, fused = (record["variants"][name] for name in ("eager", "fused"))
+    assert 0 < fused["saved_bytes"] < eager["saved_bytes"] < eager["peak_rss_bytes"]
+    assert "| cifar_resnet20 | training | float32 | 4 |" in load_script("report").render(
+        [{"quick": False, "environment": WHERE, **record}], []
+    )
+    bench.show(record)
+
+
+def test_the_optimizer_alone_moves_parameters_by_the_gradients_that_are_there():
+    bench = load_script("bench_models")
+    images, labels = bench.batch_of(2, 32)
+    model = bench.build("cifar_resnet20", "eager")
+    step = bench.workload(model, "optimizer", "float32", images, labels)
+    before, statistics = model.fc.weight.detach().clone(), model.bn1.running_mean.clone()
+    step()
+    assert not torch.equal(model.fc.weight, before) and torch.equal(model.bn1.running_mean, statistics)
