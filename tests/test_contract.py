@@ -26,6 +26,7 @@ def projection(inplanes=6, planes=8):
 
 BLOCKS = {
     "basic": lambda: models.BasicBlock(6, 6),
+    "plain": lambda: models.PlainBlock(6, 6),
     "projection": lambda: models.BasicBlock(6, 8, 2, projection()),
     "bottleneck": lambda: models.Bottleneck(16, 4),
     "bottleneck-projection": lambda: models.Bottleneck(6, 4, 2, projection(6, 16)),

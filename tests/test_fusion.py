@@ -44,6 +44,12 @@ TORCHVISION = {  # builder, number of normalisations that run fused
 OWN = {
     "own-resnet18": (partial(models.resnet18, num_classes=10), 20),
     "own-bottleneck": (partial(models.ResNet, models.Bottleneck, ONE_EACH, num_classes=10), 17),
+    "own-plain": (partial(models.ResNet, models.BasicBlock, ONE_EACH, num_classes=10, shortcut=None), 9),
+    "own-padded": (partial(models.ResNet, models.Bottleneck, ONE_EACH, num_classes=10, shortcut="A"), 13),
+    "own-projected": (
+        partial(models.ResNet, models.Bottleneck, ONE_EACH, num_classes=10, shortcut="C", stride_in_1x1=True),
+        17,
+    ),
     "cifar_resnet20": (models.cifar_resnet20, 19),
 }
 NETWORKS = TORCHVISION | OWN
@@ -208,6 +214,16 @@ def test_eval_is_as_exact_as_stock(name):
         assert_as_exact(fused(x), stock(x), exact(x.double()))
     for ours, theirs in zip(fused.buffers(), stock.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_tail_of_a_pre_activation_network(training):
+    stock = models.BNReLU(6, nn.BatchNorm2d).train(training)
+    nn.init.uniform_(stock.bn.weight, 0.5, 1.5), nn.init.uniform_(stock.bn.bias, -0.5, 0.5)
+    exact, fused, x = copy.deepcopy(stock).double(), resfuse.fuse(copy.deepcopy(stock)), torch.randn(4, 6, 7, 7)
+    wanted = step(exact, x.double())
+    assert_all_as_exact(*(judged(result, wanted) for result in (step(fused, x), step(stock, x), wanted)))
+    assert fused(x).grad_fn.name() == "BNActFunctionBackward"
 
 
 def test_an_optimizer_made_before_fuse_keeps_training():

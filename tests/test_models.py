@@ -1,78 +1,79 @@
-"""The networks of resfuse.models against torchvision's, the papers' figures and their own contracts."""
+"""The networks of resfuse.models by name: their published sizes, their shapes stage by stage, options and errors."""
 
 import copy
-import itertools
 import pickle
-import sys
 from functools import partial
 
 import pytest
 import torch
+from networks import assert_same_state, count
 from torch import nn
 
 from resfuse import models
-from resfuse.bench.peers import import_torchvision
-from resfuse.models import BasicBlock, Bottleneck, CifarResNet, ResNet, ZeroPadShortcut, get_model, list_models
+from resfuse.models import BasicBlock, CifarResNet, ResNet, get_model, list_models
+from resfuse.models.cifar import UNITS
 from resfuse.models.weights import load_weights
 
-PARAMETERS = {  # exact, and in millions as the paper prints it
+PARAMETERS = {  # exact, and in millions as a paper prints it
     "resnet18": (11_689_512, None),
     "resnet34": (21_797_672, None),
     "resnet50": (25_557_032, None),
     "resnet101": (44_549_160, None),
     "resnet152": (60_192_808, None),
+    "plain18": (11_515_688, None),
+    "plain34": (21_623_848, None),
+    "resnext50_32x4d": (25_028_904, None),
+    "resnext101_32x8d": (88_791_336, None),
+    "resnext101_64x4d": (83_455_272, None),
+    "wide_resnet50_2": (68_883_240, None),
+    "wide_resnet101_2": (126_886_696, None),
+    "vgg16_bn": (138_365_992, None),
+    "vgg19_bn": (143_678_248, None),
+    "densenet121": (7_978_856, None),
     "cifar_resnet20": (269_722, "0.27"),
     "cifar_resnet32": (464_154, "0.46"),
     "cifar_resnet44": (658_586, "0.66"),
     "cifar_resnet56": (853_018, "0.85"),
     "cifar_resnet110": (1_727_962, "1.7"),
+    "cifar_resnet1202": (19_421_274, "19.4"),
+    "cifar_plain20": (269_722, "0.27"),
+    "cifar_plain32": (464_154, "0.46"),
+    "cifar_plain44": (658_586, "0.66"),
+    "cifar_plain56": (853_018, "0.85"),
+    "cifar_plain110": (1_727_962, "1.7"),
+    "cifar_preresnet110": (1_727_962, "1.7"),
+    "cifar_preresnet164": (1_703_258, "1.7"),
+    "cifar_preresnet1001": (10_327_706, None),
+    "cifar_highway20": (283_626, None),
+    "cifar_highway32": (489_034, None),
+    "cifar_highway110": (1_824_186, None),
+    "wrn28_10": (36_479_194, "36.5"),
+}
+
+# the output of each stage, (channels, size), for images of 224 pixels or 32
+BASIC = [(64, 56), (128, 28), (256, 14), (512, 7)]
+EXPANDED = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
+SMALL = [(16, 32), (32, 16), (64, 8)]
+STAGES = {
+    "resnet34": BASIC,
+    "plain18": BASIC,
+    "resnet50": EXPANDED,
+    "resnext50_32x4d": EXPANDED,
+    "wide_resnet50_2": EXPANDED,
+    "vgg16_bn": [(512, 7)],
+    "densenet121": [(256, 56), (512, 28), (1024, 14), (1024, 7)],
+    "cifar_resnet20": SMALL,
+    "cifar_plain20": SMALL,
+    "cifar_preresnet110": SMALL,
+    "cifar_preresnet164": [(64, 32), (128, 16), (256, 8)],
+    "cifar_highway20": SMALL,
+    "wrn28_10": [(160, 32), (320, 16), (640, 8)],
 }
 
 
-FAMILY = pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        pytest.param("resnet18", {}, id="18"),
-        pytest.param("resnet18", {"zero_init_residual": True}, id="18-zero"),
-        pytest.param("resnet18", {"norm_layer": partial(nn.GroupNorm, 4)}, id="18-groupnorm"),
-        pytest.param("resnet50", {}, id="50"),
-        pytest.param("resnet50", {"groups": 32, "width_per_group": 4}, id="50-grouped"),
-        pytest.param("resnet50", {"zero_init_residual": True}, id="50-zero"),
-        pytest.param("resnet50", {"replace_stride_with_dilation": [False, True, True]}, id="50-dilated"),
-    ],
-)
-
-
-@pytest.fixture(scope="module")
-def torchvision():
-    try:
-        return import_torchvision()
-    except ImportError:
-        pytest.skip("torchvision is not installed")
-
-
-@pytest.fixture
-def tiny():
-    torch.manual_seed(1)
-    return CifarResNet(8)
-
-
-def assert_same_state(actual, expected):
-    assert list(actual) == list(expected)
-    for key, tensor in expected.items():
-        assert torch.equal(actual[key], tensor), key
-
-
-def snapshot(model):
-    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-
-def randomise(model):
-    """Move biases, norms and statistics away from their initial values, so that no term of the network is trivial."""
-    for tensor in model.state_dict().values():
-        if tensor.dim() == 1:
-            tensor.uniform_(0.5, 1.5)
-    return model
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return get_model(name, **options)
 
 
 def test_list_models_is_sorted_and_complete():
@@ -82,13 +83,46 @@ def test_list_models_is_sorted_and_complete():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name):
-    with torch.device("meta"):
-        model = get_model(name)
-    count = sum(parameter.numel() for parameter in model.parameters())
     exact, published = PARAMETERS[name]
-    assert count == exact
+    found = count(on_meta(name))
+    assert found == exact
     if published:
-        assert f"{count / 1e6:.{len(published) - 2}f}" == published
+        assert f"{found / 1e6:.{len(published.split('.')[1])}f}" == published
+
+
+def test_shortcuts_cost_what_their_option_says():
+    for name, plain in (("resnet18", "plain18"), ("cifar_resnet20", "cifar_plain20")):
+        padded, nothing, projected, everywhere = (
+            count(on_meta(*which[:1], **which[1]))
+            for which in ((name, {"shortcut": "A"}), (plain, {}), (name, {"shortcut": "B"}), (name, {"shortcut": "C"}))
+        )
+        assert padded == nothing < projected < everywhere
+    projections = sum(64 * 2**i * 128 * 2**i + 2 * 128 * 2**i for i in range(3))
+    assert count(on_meta("resnet34")) == count(on_meta("plain34")) + projections
+
+
+def test_stride_in_1x1_moves_the_stride_and_nothing_else():
+    paper, v1_5 = on_meta("resnet50", stride_in_1x1=True), on_meta("resnet50")
+    assert [(k, t.shape) for k, t in paper.state_dict().items()] == [(k, t.shape) for k, t in v1_5.state_dict().items()]
+    for model, strides in ((paper, (2, 1)), (v1_5, (1, 2))):
+        block = model.layer2[0]
+        assert (block.conv1.stride[0], block.conv2.stride[0]) == strides
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_have_the_published_shapes(name):
+    model, found = on_meta(name), []
+    imagenet = not name.startswith(("cifar", "wrn"))
+    blocks = ("layer1", "layer2", "layer3", "layer4")
+    if name == "vgg16_bn":
+        blocks = ("features",)
+    elif name == "densenet121":
+        blocks = [f"features.denseblock{i}" for i in range(1, 5)]
+    for block in blocks[: len(STAGES[name])]:
+        model.get_submodule(block).register_forward_hook(lambda m, i, out: found.append(out.shape))
+    size, classes = (224, 1000) if imagenet else (32, 10)
+    assert model(torch.empty(2, 3, size, size, device="meta")).shape == (2, classes)
+    assert found == [(2, channels, side, side) for channels, side in STAGES[name]]
 
 
 @pytest.mark.parametrize(("name", "classes"), [("resnet18", 1000), ("cifar_resnet20", 10)])
@@ -105,94 +139,6 @@ def test_convolutions_are_he_normal():
         if key.startswith("layer3") and "conv" in key:
             expected = (2 / (parameter.shape[0] * 9)) ** 0.5
             assert abs(parameter.std().item() / expected - 1) < 0.05
-
-
-@FAMILY
-def test_same_seed_gives_torchvisions_bits(torchvision, name, options):
-    torch.manual_seed(0)
-    ours = get_model(name, **options)
-    our_next_draw = torch.rand(3)
-    torch.manual_seed(0)
-    theirs = getattr(torchvision.models, name)(**options)
-    assert torch.equal(our_next_draw, torch.rand(3))
-    assert_same_state(ours.state_dict(), theirs.state_dict())
-
-
-@FAMILY
-def test_checkpoints_move_both_ways_and_outputs_are_equal(torchvision, name, options):
-    torch.manual_seed(0)
-    theirs = randomise(getattr(torchvision.models, name)(num_classes=10, **options))
-    ours = get_model(name, weights=theirs.state_dict(), num_classes=10, **options)
-    x = torch.randn(2, 3, 64, 64)
-    for training in (False, True):
-        out, expected = ours.train(training)(x), theirs.train(training)(x)
-        assert expected.std() > 0
-        assert torch.equal(out, expected)
-    out.square().sum().backward()
-    expected.square().sum().backward()
-    gradients = {key: parameter.grad for key, parameter in ours.named_parameters()}
-    assert_same_state(gradients, {key: parameter.grad for key, parameter in theirs.named_parameters()})
-    assert_same_state(ours.state_dict(), theirs.state_dict())
-
-    torch.manual_seed(3)
-    theirs.load_state_dict(get_model(name, num_classes=10, **options).state_dict(), strict=True)
-    assert not torch.equal(ours.conv1.weight, theirs.conv1.weight)
-
-
-@pytest.mark.parametrize("name", ["resnet34", "resnet101", "resnet152"])
-def test_deep_networks_have_torchvisions_keys_and_shapes(torchvision, name):
-    with torch.device("meta"):
-        ours, theirs = get_model(name), getattr(torchvision.models, name)()
-    shapes = [(key, tensor.shape) for key, tensor in ours.state_dict().items()]
-    assert shapes == [(key, tensor.shape) for key, tensor in theirs.state_dict().items()]
-    assert [str(module) for module in ours.modules()][1:] == [str(module) for module in theirs.modules()][1:]
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_block_with_zero_last_gamma_is_relu(block, training):
-    torch.manual_seed(0)
-    module = randomise(block(64, 64 // block.expansion)).train(training)
-    last = module.bn3 if block is Bottleneck else module.bn2
-    x = torch.randn(2, 64, 7, 7)
-    assert not torch.equal(module(x), x.relu())
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    assert torch.equal(module(x), x.relu())
-
-
-def test_zero_init_residual_starts_every_block_as_its_shortcut():
-    model = CifarResNet(20, zero_init_residual=True)
-    x = torch.randn(2, 3, 8, 8)
-    shallow = model._stem(x)
-    for stage in (model.layer1, model.layer2, model.layer3):
-        shortcut = stage[0].downsample or nn.Identity()
-        shallow = shortcut(shallow).relu()
-    assert torch.equal(model(x), model.fc(shallow.mean((2, 3))))
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 1)], ids=str)
-@pytest.mark.parametrize(("channels", "stride"), [((16, 32), 2), ((3, 8), 1), ((5, 5), 3)], ids=str)
-def test_zero_pad_shortcut_is_its_formula(channels, stride, size, layout):
-    torch.manual_seed(0)
-    x = torch.randn(2, channels[0], *size).to(memory_format=layout)
-    height, width = (-(-extent // stride) for extent in size)
-    expected = torch.zeros(2, channels[1], height, width)
-    for c, h, w in itertools.product(range(channels[0]), range(height), range(width)):
-        expected[:, c, h, w] = x[:, c, stride * h, stride * w]
-    shortcut = ZeroPadShortcut(*channels, stride=stride)
-    assert torch.equal(shortcut(x), expected)
-    assert not list(shortcut.parameters()) and not shortcut.state_dict()
-
-
-def test_zero_pad_shortcut_rejects():
-    with pytest.raises(ValueError, match="out_channels must be at least in_channels 8, got 4"):
-        ZeroPadShortcut(8, 4)
-    with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
-        ZeroPadShortcut(4, 8, 0)
-    with pytest.raises(ValueError, match=r"x must have shape \(N, 4, H, W\), got \(1, 5, 2, 2\)"):
-        ZeroPadShortcut(4, 8)(torch.zeros(1, 5, 2, 2))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "cifar_resnet20"])
@@ -222,7 +168,9 @@ def test_meta_construction_has_the_real_shapes():
 )
 def test_unknown_name_suggests(name, nearest):
     nearest = f"nearest: .*{nearest}.*" if nearest else ""
-    with pytest.raises(ValueError, match=rf"got {name!r}; {nearest}.*list_models\(\) lists them all"):
+    with pytest.raises(
+        ValueError, match=rf"got {name!r}; {nearest}.*list_models\(\) lists them all: cifar_.*, wrn28_10$"
+    ):
         get_model(name)
 
 
@@ -236,12 +184,19 @@ def test_bad_num_classes(name, classes, error):
 
 
 def test_unexpected_options_name_the_accepted():
-    accepted = "accept: weights, num_classes, in_channels, zero_init_residual, norm_layer$"
+    accepted = (
+        "accepted are: weights, num_classes, in_channels, zero_init_residual, norm_layer, unit, shortcut, bottleneck, "
+        "stride_in_1x1, widths, checkpoint_every$"
+    )
     for build in (models.cifar_resnet20, partial(get_model, "cifar_resnet20")):
         with pytest.raises(TypeError, match=f"pretrained, depth; .*{accepted}"):
             build(pretrained=True, depth=20)
-    with pytest.raises(TypeError, match=r"replace_stride_with_dilation, norm_layer$"):
-        models.resnet50(block=BasicBlock)
+    for fixed in ({"block": BasicBlock}, {"groups": 2}):
+        with pytest.raises(TypeError, match=r"accepted are: weights, num_classes, zero_init_residual, replace_stride"):
+            models.resnext50_32x4d(**fixed)
+    with pytest.raises(AttributeError, match=r"no attribute 'resnet51'; list_models\(\) lists the networks"):
+        _ = models.resnet51
+    assert {"resnet50", "ResNet"} <= set(dir(models))
 
 
 @pytest.mark.parametrize(
@@ -255,6 +210,27 @@ def test_unexpected_options_name_the_accepted():
         ("resnet18", {"replace_stride_with_dilation": (False, False, True)}, NotImplementedError, "dilation 1, got 2"),
         ("resnet18", {"zero_init_residual": True, "norm_layer": nn.Identity}, ValueError, "zero_init_residual must"),
         ("cifar_resnet20", {"in_channels": 0}, ValueError, "in_channels must be at least 1, got 0"),
+        ("resnet18", {"shortcut": "D"}, ValueError, "shortcut must be one of A, B, C, None, got 'D'"),
+        ("resnet50", {"shortcut": None}, ValueError, "shortcut must be one of A, B, C with Bottleneck, got None"),
+        ("resnet18", {"stride_in_1x1": True}, ValueError, "stride_in_1x1 must be False with BasicBlock"),
+        ("resnet18", {"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1, got 0"),
+        ("plain18", {"zero_init_residual": True}, ValueError, "zero_init_residual must be False in a plain"),
+        ("cifar_highway20", {"zero_init_residual": True}, ValueError, "zero_init_residual must be False in a highway"),
+        ("cifar_highway20", {"shortcut": None}, ValueError, "A, B, C with unit 'highway', got None"),
+        ("cifar_preresnet110", {"unit": "preact"}, ValueError, f"unit must be one of {', '.join(UNITS)}, got 'preact'"),
+        ("cifar_preresnet110", {"shortcut": None}, ValueError, "A, B, C with unit 'full_preact', got None"),
+        ("cifar_preresnet110", {"shortcut": "b"}, ValueError, "shortcut must be one of A, B, C, None, got 'b'"),
+        ("cifar_preresnet110", {"stride_in_1x1": True}, ValueError, "stride_in_1x1 must be False without bottle"),
+        ("cifar_resnet20", {"widths": (16, 32)}, ValueError, "widths must have 3 elements"),
+        ("cifar_resnet20", {"widths": (16, 32, 0)}, ValueError, r"widths\[2\] must be at least 1, got 0"),
+        (
+            "cifar_preresnet110",
+            {"unit": "relu_before_add", "zero_init_residual": True},
+            ValueError,
+            "zero_init_residual must be False where ReLU ends",
+        ),
+        ("vgg16_bn", {"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ("densenet121", {"bn_size": 0}, ValueError, "bn_size must be at least 1, got 0"),
     ],
 )
 def test_bad_options(name, options, error, message):
@@ -263,6 +239,16 @@ def test_bad_options(name, options, error, message):
 
 
 def test_bad_structure():
+    with pytest.raises(ValueError, match=r"depth must be 9n.2 with n >= 1 \(11, 20, 29, ...\), got 112"):
+        CifarResNet(112, bottleneck=True)
+    with pytest.raises(ValueError, match="with bottlenecks, got 'highway'"):
+        CifarResNet(11, bottleneck=True, unit="highway")
+    with pytest.raises(ValueError, match="downsample must be None in a plain block"):
+        models.PlainBlock(4, 4, 1, nn.Identity())
+    with pytest.raises(ValueError, match="layers must have 5 elements"):
+        models.VGG((1, 2))
+    with pytest.raises(ValueError, match=r"block_config\[1\] must be at least 1, got 0"):
+        models.DenseNet(block_config=(1, 0, 1, 1))
     for depth in (2, 18, 21):
         with pytest.raises(ValueError, match=f"depth must be 6n.2 .* got {depth}"):
             CifarResNet(depth)
@@ -270,127 +256,3 @@ def test_bad_structure():
         ResNet(BasicBlock, (1, 1))
     with pytest.raises(ValueError, match=r"layers\[2\] must be at least 1, got 0"):
         ResNet(BasicBlock, (1, 1, 0, 1))
-
-
-def save(state, path):
-    if path.suffix == ".safetensors":
-        pytest.importorskip("safetensors.torch").save_file(state, path)
-    else:
-        torch.save(state, path)
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".PTH", ".safetensors"])
-def test_file_round_trip(tmp_path, suffix):
-    source = randomise(get_model("cifar_resnet20", in_channels=1))
-    path = tmp_path / f"weights{suffix}"
-    save(source.state_dict(), path)
-    model = get_model("cifar_resnet20", weights=path if suffix == ".pth" else str(path), in_channels=1)
-    assert_same_state(model.state_dict(), source.state_dict())
-    assert model(torch.randn(2, 1, 29, 31)).shape == (2, 10)
-
-
-def test_weights_are_copied_and_keep_the_models_dtype(tiny):
-    other = CifarResNet(8)
-    state = {key: nn.Parameter(tensor.double(), requires_grad=False) for key, tensor in snapshot(tiny).items()}
-    load_weights(other, state)
-    state["conv1.weight"].zero_()
-    assert other.conv1.weight.dtype == torch.float32
-    assert_same_state(other.state_dict(), tiny.state_dict())
-
-
-def test_checkpoint_without_batch_counters_loads(tiny):
-    state = {key: tensor for key, tensor in tiny.state_dict().items() if "num_batches_tracked" not in key}
-    other = CifarResNet(8)
-    load_weights(other, state)
-    assert_same_state(other.state_dict(), tiny.state_dict())
-
-
-def test_misfit_names_everything_and_leaves_the_model_alone(tiny, tmp_path):
-    before = snapshot(tiny)
-    bad = {key: tensor + 1 for key, tensor in before.items()}
-    del bad["fc.bias"]
-    bad |= {"module.extra": torch.zeros(1), "conv1.weight": torch.zeros(16, 1, 3, 3)}
-    path = tmp_path / "bad.pth"
-    torch.save(bad, path)
-    for weights in (bad, path):
-        with pytest.raises(ValueError) as caught:
-            load_weights(tiny, weights)
-        message = str(caught.value)
-        assert "do not fit CifarResNet" in message
-        assert "missing keys: fc.bias\n" in message
-        assert "unexpected keys: module.extra\n" in message
-        assert message.endswith("shape mismatches: conv1.weight must be (16, 3, 3, 3), got (16, 1, 3, 3)")
-        assert (str(path) in message) == (weights is path)
-        assert_same_state(tiny.state_dict(), before)
-    with pytest.raises(ValueError, match=r"missing keys: conv1.weight, bn1.weight, .* and 27 more"):
-        load_weights(tiny, {})
-
-
-@pytest.mark.parametrize(
-    ("wrap", "message"),
-    [
-        (lambda model: {"model": snapshot(model)}, "plain state_dict.* got dict at 'model'; pass .* at 'model'$"),
-        (lambda model: {"step": 3, "model": snapshot(model)}, "plain state_dict.* got int at 'step'; .* at 'model'$"),
-        (lambda model: {0: model.fc.bias}, "plain state_dict.* got Parameter at 0$"),
-        (lambda model: [model.fc.bias], "plain state_dict.* got list$"),
-        (lambda model: model, "cannot be read, .* more than tensors"),
-    ],
-    ids=["wrapped", "training", "int-key", "list", "module"],
-)
-def test_only_plain_state_dicts(tiny, tmp_path, wrap, message):
-    content = wrap(tiny)
-    path = tmp_path / "content.pt"
-    torch.save(content, path)
-    with pytest.raises(ValueError, match=f"content.pt.*{message}"):
-        load_weights(tiny, path)
-    if isinstance(content, dict):
-        with pytest.raises(ValueError, match=message):
-            load_weights(tiny, content)
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"\xff" * 100, lambda data: b""])
-def test_damaged_file_names_its_path(tiny, tmp_path, suffix, damage):
-    before = snapshot(tiny)
-    path = tmp_path / f"damaged{suffix}"
-    save(before, path)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"damaged{suffix}.* cannot be read") as caught:
-        load_weights(tiny, path)
-    assert str(path) in str(caught.value)
-    assert_same_state(tiny.state_dict(), before)
-
-
-@pytest.mark.parametrize(
-    ("weights", "error", "message"),
-    [
-        ("absent.pth", FileNotFoundError, "absent.pth"),
-        ("absent.safetensors", FileNotFoundError, "absent.safetensors"),
-        ("IMAGENET1K_V1", ValueError, r"ends in \.pth, \.pt, \.safetensors, got 'IMAGENET1K_V1'"),
-        (True, TypeError, "weights must be a path, a state_dict or None, got bool"),
-        ([("fc.bias", torch.zeros(10))], TypeError, "weights must be a path, a state_dict or None, got list"),
-    ],
-    ids=str,
-)
-def test_weights_that_are_no_checkpoint(weights, error, message):
-    with pytest.raises(error, match=message):
-        get_model("cifar_resnet20", weights=weights)
-
-
-def test_safetensors_absent_says_what_to_install(tiny, tmp_path, monkeypatch):
-    path = tmp_path / "weights.safetensors"
-    path.write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"weights.safetensors.*pip install safetensors"):
-        load_weights(tiny, path)
-
-
-def test_meta_tensors_are_refused(tiny):
-    state = tiny.state_dict()
-    with torch.device("meta"), pytest.raises(ValueError, match="meta device"):
-        get_model("cifar_resnet20", weights=state)
-    before = snapshot(tiny)
-    with pytest.raises(ValueError, match=r"without data .* at 'fc.weight'"):
-        load_weights(tiny, {**state, "fc.weight": state["fc.weight"].to("meta")})
-    assert_same_state(tiny.state_dict(), before)

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from resfuse.models import cifar, resnet
+from resfuse.models import cifar, densenet, resnet, vgg
+from resfuse.models.builder import Builder
 from resfuse.models.weights import WeightsSource
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    builder.__name__: builder
-    for builder in (
-        resnet.resnet18,
-        resnet.resnet34,
-        resnet.resnet50,
-        resnet.resnet101,
-        resnet.resnet152,
-        cifar.cifar_resnet20,
-        cifar.cifar_resnet32,
-        cifar.cifar_resnet44,
-        cifar.cifar_resnet56,
-        cifar.cifar_resnet110,
-    )
+BUILDERS: dict[str, Builder] = {
+    name: builder for family in (resnet, cifar, vgg, densenet) for name, builder in family.BUILDERS.items()
 }
 
 
 def list_models() -> list[str]:
     """Return the names that ``get_model`` knows, sorted."""
-    return sorted(_BUILDERS)
+    return sorted(BUILDERS)
 
 
 def get_model(
@@ -45,7 +33,8 @@ def get_model(
             downloaded.
         num_classes (int | None): outputs of the last linear layer; None means the builder's own default, the number of
             classes the network was published with (1000 for the ImageNet networks, 10 for the CIFAR ones).
-        **kwargs: the other options of the network, as :class:`ResNet` and :class:`CifarResNet` list them.
+        **kwargs: the other options of the network, as its class lists them: :class:`ResNet`, :class:`CifarResNet`,
+            :class:`VGG` or :class:`DenseNet`.
 
     Returns:
         nn.Module: the network in training mode, float32 unless torch's default dtype says otherwise.
@@ -55,7 +44,7 @@ def get_model(
         ValueError: an unknown name, an option out of range, or weights that cannot be read or do not fit.
         FileNotFoundError: ``weights`` names a file that does not exist.
     """
-    builder = _BUILDERS.get(name) if isinstance(name, str) else None
+    builder = BUILDERS.get(name) if isinstance(name, str) else None
     if builder is None:
         raise ValueError(_unknown_name(name))
     if num_classes is not None:
@@ -66,4 +55,5 @@ def get_model(
 def _unknown_name(name: object) -> str:
     nearest = difflib.get_close_matches(str(name), list_models(), n=3, cutoff=0.4)
     hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-    return f"name must be the name of a network, got {name!r}{hint}; list_models() lists them all"
+    choices = ", ".join(list_models())
+    return f"name must be the name of a network, got {name!r}{hint}; list_models() lists them all: {choices}"

@@ -1,4 +1,4 @@
-"""ImageNet ResNets of post-activation order (conv, BN, ReLU) and their blocks, in stock torch modules."""
+"""ImageNet ResNets of post-activation order (conv, BN, ReLU), plain, grouped and wide ones too, and their blocks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resfuse.models.weights import WeightsSource, build
-
-NormLayer = Callable[[int], nn.Module]
-"""Makes a normalisation layer for a number of channels, such as ``nn.BatchNorm2d``."""
+from resfuse.models.builder import Builder
+from resfuse.models.checkpointing import make_stage
+from resfuse.models.parts import (
+    SHORTCUTS,
+    NormLayer,
+    check_choice,
+    check_length,
+    check_positive_int,
+    conv1x1,
+    conv3x3,
+    initialise,
+    make_shortcut,
+    zero_weight,
+)
 
 
 class BasicBlock(nn.Module):
@@ -58,10 +68,10 @@ class BasicBlock(nn.Module):
         if dilation != 1:
             raise NotImplementedError(f"BasicBlock must have dilation 1, got {dilation}")
         norm = norm_layer or nn.BatchNorm2d
-        self.conv1 = _conv3x3(inplanes, planes, stride)
+        self.conv1 = conv3x3(inplanes, planes, stride)
         self.bn1 = norm(planes)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv3x3(planes, planes)
+        self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm(planes)
         self.downsample = downsample
         self.stride = stride
@@ -72,24 +82,50 @@ class BasicBlock(nn.Module):
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
+    def zero_residual(self) -> None:
+        """Let the block compute ``relu(downsample(x))``: its last norm weight becomes zero."""
+        zero_weight(self.bn2)
+
+
+class PlainBlock(BasicBlock):
+    """A basic block without its shortcut: ``relu(bn2(conv2(relu(bn1(conv1(x))))))``.
+
+    Arguments, names and errors are those of :class:`BasicBlock`; ``downsample`` must be None.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, 2015, section 3.3, plain network.
+    """
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: None = None, **options: Any) -> None:
+        if downsample is not None:
+            raise ValueError(f"downsample must be None in a plain block, got {downsample!r}")
+        super().__init__(inplanes, planes, stride, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)))
+
+    def zero_residual(self) -> None:
+        """Raise ValueError: nothing would pass the block."""
+        raise ValueError("zero_init_residual must be False in a plain network, which has no shortcuts")
+
 
 class Bottleneck(nn.Module):
     r"""1x1, 3x3 and expanding 1x1 convolutions with a shortcut.
 
-    ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + downsample(x))``. The stride sits on the 3x3 convolution
-    ("v1.5"), where the original has it on the first 1x1. Attribute names, their order and the arguments are those of
-    torchvision's block.
+    ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + downsample(x))``. Attribute names, their order and the
+    arguments but the last are those of torchvision's block.
 
     Args:
         inplanes (int): channels of the input.
         planes (int): the stage's width; the output has ``4 * planes`` channels, the 3x3 convolution
             ``int(planes * base_width / 64) * groups``.
-        stride (int): stride of the 3x3 convolution.
+        stride (int): stride of the 3x3 convolution, or of the first 1x1.
         downsample (nn.Module | None): the shortcut's module where the shape changes; None is the identity.
         groups (int): groups of the 3x3 convolution.
         base_width (int): width of one group where ``planes`` is 64.
         dilation (int): dilation of the 3x3 convolution.
         norm_layer (Callable[[int], nn.Module] | None): makes bn1, bn2 and bn3; None is ``nn.BatchNorm2d``.
+        stride_in_1x1 (bool): stride in the first 1x1 convolution, as the paper; False is torchvision's "v1.5".
 
     Shape:
         (N, inplanes, H, W) to (N, 4 * planes, ceil(H / stride), ceil(W / stride)).
@@ -109,15 +145,16 @@ class Bottleneck(nn.Module):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: NormLayer | None = None,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         norm = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64)) * groups
-        self.conv1 = _conv1x1(inplanes, width)
+        self.conv1 = conv1x1(inplanes, width, stride if stride_in_1x1 else 1)
         self.bn1 = norm(width)
-        self.conv2 = _conv3x3(width, width, stride, groups, dilation)
+        self.conv2 = conv3x3(width, width, 1 if stride_in_1x1 else stride, groups, dilation)
         self.bn2 = norm(width)
-        self.conv3 = _conv1x1(width, planes * self.expansion)
+        self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
@@ -129,6 +166,10 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(out))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
+
+    def zero_residual(self) -> None:
+        """Let the block compute ``relu(downsample(x))``: its last norm weight becomes zero."""
+        zero_weight(self.bn3)
 
 
 class ResNet(nn.Module):
@@ -149,6 +190,12 @@ class ResNet(nn.Module):
             (:class:`Bottleneck` only); None is never.
         norm_layer (Callable[[int], nn.Module] | None): makes every normalisation layer, which keeps the initialisation
             it makes; None is ``nn.BatchNorm2d``.
+        shortcut (str | None): "A" pads with zeros where a block changes the shape, "B" projects there, "C" projects in
+            every block; None is the plain network of :class:`PlainBlock`, which has no shortcuts.
+        stride_in_1x1 (bool): where a stage begins, stride in the bottleneck's first 1x1 convolution, as the paper;
+            False strides in the 3x3, as torchvision ("v1.5").
+        checkpoint_every (int | None): recompute blocks in backward, this many at a time, instead of keeping their
+            activations: see :class:`CheckpointedSequential`.
 
     Shape:
         (N, 3, H, W) to (N, num_classes).
@@ -171,22 +218,28 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
+        *,
+        shortcut: str | None = "B",
+        stride_in_1x1: bool = False,
+        checkpoint_every: int | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("num_classes", num_classes)
         check_positive_int("groups", groups)
         check_positive_int("width_per_group", width_per_group)
         dilate = (False, False, False) if replace_stride_with_dilation is None else replace_stride_with_dilation
-        _check_length("replace_stride_with_dilation", dilate, 3)
-        _check_length("layers", layers, 4)
+        check_choice("shortcut", shortcut, (*SHORTCUTS, None))
+        check_length("replace_stride_with_dilation", dilate, 3)
+        check_length("layers", layers, 4)
         norm = norm_layer or nn.BatchNorm2d
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = norm(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        make_block = partial(block, groups=groups, base_width=width_per_group, norm_layer=norm)
-        stages = _make_stages(make_block, block.expansion, layers, dilate, norm)
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        make_block = choose_block(block, shortcut, stride_in_1x1)
+        make_block = partial(make_block, groups=groups, base_width=width_per_group, norm_layer=norm)
+        stages = _make_stages(make_block, block.expansion, layers, dilate, shortcut, norm)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (make_stage(blocks, checkpoint_every) for blocks in stages)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
         initialise(self, zero_init_residual)
@@ -203,116 +256,64 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+def choose_block(block: type[nn.Module], shortcut: str | None, stride_in_1x1: bool) -> Callable[..., nn.Module]:
+    """What makes a network's blocks: `block`, its plain counterpart, or `block` with its stride in the 1x1 convolution.
+
+    Raises:
+        ValueError: a block that has no such counterpart.
+    """
+    if shortcut is None:
+        if block is not BasicBlock:
+            raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)} with {block.__name__}, got None")
+        block = PlainBlock
+    if not stride_in_1x1:
+        return block
+    if not issubclass(block, Bottleneck):
+        raise ValueError(f"stride_in_1x1 must be False with {block.__name__}, which has no 1x1 convolutions")
+    return partial(block, stride_in_1x1=True)
+
+
 def _make_stages(
     make_block: Callable[..., nn.Module],
     expansion: int,
     layers: Sequence[int],
     replace_stride: Sequence[bool],
+    shortcut: str | None,
     norm: NormLayer,
-) -> list[nn.Sequential]:
+) -> list[list[nn.Module]]:
     stages = []
     inplanes, dilation = 64, 1
     for index, (count, dilate) in enumerate(zip(layers, (False, *replace_stride), strict=True)):
         check_positive_int(f"layers[{index}]", count)
-        planes, stride = 64 * 2**index, 1 if index == 0 else 2
-        outplanes, first_dilation = planes * expansion, dilation
+        planes, stride, block_dilation = 64 * 2**index, 1 if index == 0 else 2, dilation
         if dilate:
             stride, dilation = 1, dilation * stride
-        downsample = None
-        # the projection is made before the block: the order of random draws is part of the contract
-        if stride != 1 or inplanes != outplanes:
-            downsample = nn.Sequential(_conv1x1(inplanes, outplanes, stride), norm(outplanes))
-        blocks = [make_block(inplanes, planes, stride, downsample, dilation=first_dilation)]
-        blocks += [make_block(outplanes, planes, dilation=dilation) for _ in range(1, count)]
-        stages.append(nn.Sequential(*blocks))
-        inplanes = outplanes
+        blocks = []
+        for _ in range(count):
+            # the shortcut is made before the block: the order of random draws is part of the contract
+            downsample = make_shortcut(shortcut, inplanes, planes * expansion, stride, norm)
+            blocks.append(make_block(inplanes, planes, stride, downsample, dilation=block_dilation))
+            inplanes, stride, block_dilation = planes * expansion, 1, dilation
+        stages.append(blocks)
     return stages
 
 
-def initialise(model: nn.Module, zero_init_residual: bool) -> None:
-    """Draw He-normal weights (fan-out) for every convolution, in order of registration; biases and norms stay.
+_BASIC_18, _BASIC_34 = ({"block": BasicBlock, "layers": layers} for layers in ((2, 2, 2, 2), (3, 4, 6, 3)))
+_BOTTLENECK_50, _BOTTLENECK_101, _BOTTLENECK_152 = (
+    {"block": Bottleneck, "layers": layers} for layers in ((3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3))
+)
 
-    Args:
-        model (nn.Module): a network of :class:`BasicBlock` or :class:`Bottleneck`.
-        zero_init_residual (bool): also set the last norm weight of every block to zero.
-
-    Raises:
-        ValueError: ``zero_init_residual`` with norm layers that have no weight.
-
-    Source: He et al., Delving Deep into Rectifiers, 2015; Goyal et al., Accurate, Large Minibatch SGD, 2017.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    if not zero_init_residual:
-        return
-    for module in model.modules():
-        if isinstance(module, BasicBlock | Bottleneck):
-            last_norm = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-            weight = getattr(last_norm, "weight", None)
-            if weight is None:
-                raise ValueError(f"zero_init_residual must be False where norm_layer has no weight, got {last_norm}")
-            nn.init.zeros_(weight)
-
-
-def check_positive_int(argument: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is an int, ValueError unless it is at least 1.
-
-    Args:
-        argument (str): the name that the error gives.
-        value (object): what the caller passed; bool does not count as int.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{argument} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{argument} must be at least 1, got {value}")
-
-
-def _check_length(argument: str, value: Sequence[object], length: int) -> None:
-    if not isinstance(value, Sequence):
-        raise TypeError(f"{argument} must be a sequence of {length} elements, got {value!r}")
-    if len(value) != length:
-        raise ValueError(f"{argument} must have {length} elements, got {value!r}")
-
-
-def _conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inplanes, planes, 3, stride=stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
-
-
-def _conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inplanes, planes, 1, stride=stride, bias=False)
-
-
-def resnet18(*, weights: WeightsSource | None = None, num_classes: int = 1000, **kwargs: Any) -> ResNet:
-    """Build ResNet-18, basic blocks (2, 2, 2, 2); arguments as :func:`get_model` and :class:`ResNet`."""
-    return _resnet(BasicBlock, (2, 2, 2, 2), weights, num_classes, kwargs)
-
-
-def resnet34(*, weights: WeightsSource | None = None, num_classes: int = 1000, **kwargs: Any) -> ResNet:
-    """Build ResNet-34, basic blocks (3, 4, 6, 3); arguments as :func:`get_model` and :class:`ResNet`."""
-    return _resnet(BasicBlock, (3, 4, 6, 3), weights, num_classes, kwargs)
-
-
-def resnet50(*, weights: WeightsSource | None = None, num_classes: int = 1000, **kwargs: Any) -> ResNet:
-    """Build ResNet-50, bottlenecks (3, 4, 6, 3); arguments as :func:`get_model` and :class:`ResNet`."""
-    return _resnet(Bottleneck, (3, 4, 6, 3), weights, num_classes, kwargs)
-
-
-def resnet101(*, weights: WeightsSource | None = None, num_classes: int = 1000, **kwargs: Any) -> ResNet:
-    """Build ResNet-101, bottlenecks (3, 4, 23, 3); arguments as :func:`get_model` and :class:`ResNet`."""
-    return _resnet(Bottleneck, (3, 4, 23, 3), weights, num_classes, kwargs)
-
-
-def resnet152(*, weights: WeightsSource | None = None, num_classes: int = 1000, **kwargs: Any) -> ResNet:
-    """Build ResNet-152, bottlenecks (3, 8, 36, 3); arguments as :func:`get_model` and :class:`ResNet`."""
-    return _resnet(Bottleneck, (3, 8, 36, 3), weights, num_classes, kwargs)
-
-
-def _resnet(
-    block: type[BasicBlock] | type[Bottleneck],
-    layers: Sequence[int],
-    weights: WeightsSource | None,
-    num_classes: int,
-    options: dict[str, Any],
-) -> ResNet:
-    return build(ResNet, block, layers, weights=weights, options={"num_classes": num_classes, **options})
+BUILDERS = {
+    "resnet18": Builder(ResNet, _BASIC_18),
+    "resnet34": Builder(ResNet, _BASIC_34),
+    "resnet50": Builder(ResNet, _BOTTLENECK_50),
+    "resnet101": Builder(ResNet, _BOTTLENECK_101),
+    "resnet152": Builder(ResNet, _BOTTLENECK_152),
+    "plain18": Builder(ResNet, _BASIC_18 | {"shortcut": None}),
+    "plain34": Builder(ResNet, _BASIC_34 | {"shortcut": None}),
+    "resnext50_32x4d": Builder(ResNet, _BOTTLENECK_50 | {"groups": 32, "width_per_group": 4}),
+    "resnext101_32x8d": Builder(ResNet, _BOTTLENECK_101 | {"groups": 32, "width_per_group": 8}),
+    "resnext101_64x4d": Builder(ResNet, _BOTTLENECK_101 | {"groups": 64, "width_per_group": 4}),
+    "wide_resnet50_2": Builder(ResNet, _BOTTLENECK_50 | {"width_per_group": 128}),
+    "wide_resnet101_2": Builder(ResNet, _BOTTLENECK_101 | {"width_per_group": 128}),
+}

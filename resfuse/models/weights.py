@@ -1,12 +1,11 @@
-"""What all builders share: turning options and a checkpoint into a network."""
+"""Loading a checkpoint into a network: all of it, or an error that says what does not fit."""
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,39 +13,7 @@ from torch import nn
 WeightsSource: TypeAlias = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 """Where weights come from: a checkpoint's path or a state_dict."""
 
-_Network = TypeVar("_Network", bound=nn.Module)
-
 _KEYS_SHOWN = 10
-
-
-def build(
-    network: Callable[..., _Network], *structure: Any, weights: WeightsSource | None, options: Mapping[str, Any]
-) -> _Network:
-    """Construct ``network(*structure, **options)`` and load its weights.
-
-    Args:
-        network (type[nn.Module]): the class of the network.
-        *structure: the leading arguments that a builder fixes, such as the block and the depth.
-        weights (str | os.PathLike | Mapping[str, Tensor] | None): see :func:`load_weights`; None loads nothing.
-        options (Mapping[str, Any]): the caller's keyword arguments.
-
-    Returns:
-        nn.Module: the network in training mode.
-
-    Raises:
-        TypeError: ``options`` holds a name that is no parameter of ``network`` beyond ``structure``.
-    """
-    accepted = list(inspect.signature(network).parameters)[len(structure) :]
-    unexpected = [option for option in options if option not in accepted]
-    if unexpected:
-        raise TypeError(
-            f"unexpected keyword arguments: {', '.join(unexpected)}; "
-            f"{network.__name__} builders accept: {', '.join(['weights', *accepted])}"
-        )
-    model = network(*structure, **options)
-    if weights is not None:
-        load_weights(model, weights)
-    return model
 
 
 def load_weights(model: nn.Module, weights: WeightsSource) -> None:
