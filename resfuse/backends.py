@@ -11,12 +11,9 @@ from resfuse import ops
 BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# The units that each native library implements. bn_act is moments, finalize and scale_shift_act; bn_relu_maxpool is
-# moments, finalize and scale_shift_relu_maxpool.
-_NATIVE_UNITS = {
-    "cpu": frozenset({"add_relu", "moments", "finalize", "scale_shift_act", "bn_act", "bn_relu_maxpool"}),
-    "cuda": frozenset({"add_relu"}),
-}
+# What every native library implements. bn_act is moments, finalize and scale_shift_act; bn_relu_maxpool is moments,
+# finalize and scale_shift_relu_maxpool. Who convolves between them is a question of its own: `why_not_raw`.
+_NATIVE_UNITS = frozenset({"add_relu", "moments", "finalize", "scale_shift_act", "bn_act", "bn_relu_maxpool"})
 
 
 # From here on tile kernels win over torch's convolutions and passes around them, by measurement: narrower ones leave
@@ -62,8 +59,8 @@ def missing(unit: str, backend: str, device: str, dtype: torch.dtype) -> str | N
     reason = ops.missing_native[device]
     if reason is not None:
         return reason
-    if unit not in _NATIVE_UNITS[device]:
-        return f"the native library for {device} does not have it"
+    if unit not in _NATIVE_UNITS:
+        return "the native libraries do not have it"
     if dtype not in DTYPES:
         return f"it has no kernel for {dtype}"
     return None
