@@ -29,6 +29,8 @@ TORCH_LIBRARIES = cpp_extension.library_paths()
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_FLAGS += ["-Xptxas", "-v"]  # registers, stack and spills of every kernel, for tests/cuda_build.py
+PTXAS_REPORT = re.compile(r"ptxas info +:|    \d+ bytes stack frame,")  # all else that nvcc says is worth reading
 
 
 def files(*patterns: str) -> list[str]:
@@ -63,6 +65,28 @@ def architecture_flags(nvcc: str) -> list[str]:
     return flags
 
 
+def nvcc_flags(nvcc: str) -> list[str]:
+    return [*CUDA_FLAGS, STABLE_ABI, *INCLUDES, *architecture_flags(nvcc), "-c"]
+
+
+def object_folder(nvcc: str) -> Path:
+    """Where the CUDA objects of these flags and this compiler are: all builds of a checkout share them."""
+    version = subprocess.check_output([nvcc, "--version"], text=True)
+    return ROOT / "build" / f"cuda-{hashlib.sha256(' '.join([*nvcc_flags(nvcc), version]).encode()).hexdigest()[:16]}"
+
+
+def compile_cuda(nvcc: str, source: str) -> str:
+    """The object of one .cu file, compiled if it is stale; beside it what the compiler said."""
+    output, log = (object_folder(nvcc) / (Path(source).stem + suffix) for suffix in (".o", ".log"))
+    if newer_group([source, *files("*.h", "cuda/*.cuh")], str(log)):
+        done = subprocess.run([nvcc, *nvcc_flags(nvcc), source, "-o", output], capture_output=True, text=True)
+        said = done.stdout + done.stderr
+        print("".join(line for line in said.splitlines(keepends=True) if not PTXAS_REPORT.match(line)), end="")
+        done.check_returncode()
+        log.write_text(said)  # last: an object with a log is a whole one
+    return str(output)
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     """torch's builder for the C++ library, and nvcc for the CUDA library beside it."""
 
@@ -81,19 +105,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         if ext is not cuda_extension:
             return super().build_extension(ext)
         nvcc = find_nvcc()
-        command = [nvcc, *CUDA_FLAGS, STABLE_ABI, *INCLUDES, *architecture_flags(nvcc), "-c"]
-        # other flags are another folder of objects
-        objects = Path(self.build_temp) / f"cuda-{hashlib.sha256(' '.join(command).encode()).hexdigest()[:16]}"
-        self.mkpath(str(objects))
-
-        def compile_one(source: str) -> str:
-            output = str(objects / (Path(source).stem + ".o"))
-            if newer_group([source, *files("*.h", "cuda/*.cuh")], output):
-                subprocess.run([*command, source, "-o", output], check=True)
-            return output
-
+        self.mkpath(str(object_folder(nvcc)))
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
-            compiled = list(pool.map(compile_one, files("cuda/*.cu")))
+            compiled = list(pool.map(lambda source: compile_cuda(nvcc, source), files("cuda/*.cu")))
         library = self.get_ext_fullpath(cuda_extension.name)
         self.mkpath(os.path.dirname(library))
         # cudart is linked statically; libtorch.so stands for libtorch_cuda.so, which a CPU-only torch does not have

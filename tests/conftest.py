@@ -48,3 +48,12 @@ def one_thread():
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tables that tests made for whoever reads the log: record_property("table", text)."""
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for name, text in report.user_properties:
+            if name == "table":
+                terminalreporter.section(report.nodeid)
+                terminalreporter.write_line(text)
