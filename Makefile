@@ -6,7 +6,7 @@ COMPILER := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clan
 # torch before everything else: the build needs it, and no build isolation may fetch another one
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test venv bench lint clean
+.PHONY: demo test venv bench gpu-check lint clean
 
 demo: venv
 	$(BIN)/python -m resfuse demo
@@ -18,6 +18,10 @@ bench: venv
 	$(BIN)/python benchmarks/bench_units.py
 	$(BIN)/python benchmarks/bench_models.py
 	$(BIN)/python benchmarks/report.py
+
+# on a machine with an NVIDIA GPU, under a Python that has torch: no environment, no network
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -133,27 +133,8 @@ def bare_convolutions(network: str, variant: str, dtype: str, images: Tensor) ->
 
 def check(network: str, dtype: str) -> None:
     """Refuse a fused network whose training step, outputs or gradients, is less exact than the bound allows."""
-    images, labels = batch_of(8, 64)
-    autocast = None if dtype == "float32" else getattr(torch, dtype)
-    weights = parity.condition(build(network, "eager")).state_dict()
-
-    def step(variant: str, layout: torch.memory_format, precision: torch.dtype = torch.float32) -> parity.Step:
-        model = build(network, variant)
-        model.load_state_dict(weights)
-        model = model.to(precision, memory_format=layout)
-        data = images.to(precision, memory_format=layout)
-        return parity.training_step(model, data, labels, autocast if precision == torch.float32 else None)
-
-    exact = step("eager", torch.channels_last, torch.float64)
-    layouts = (torch.channels_last, torch.contiguous_format)
-    stock = [parity.step_errors(step("eager", layout), exact) for layout in layouts]
-    ours = parity.step_errors(step("fused", torch.channels_last), exact)
-    for verdict in parity.judge(ours, stock, getattr(torch, dtype)):
-        if not verdict.holds:
-            raise SystemExit(
-                f"refusing to time a wrong result: {network} {dtype} {verdict.quantity} is off by {verdict.ours:.2e}, "
-                f"allowed {verdict.bound:.2e}"
-            )
+    verdicts = parity.judge_fused(build(network, "eager"), *batch_of(8, 64), getattr(torch, dtype))
+    parity.refuse_a_wrong_result(verdicts, f"{network} {dtype}")
 
 
 class Worker:

@@ -1,7 +1,7 @@
 """Units on ResNet-50's activations: time, bandwidth from a stated byte count beside a copy's, and stock torch's time.
 
 Every result is first checked against float64; a wrong one is not timed. Ours, stock torch and the copy are sampled in
-turn, all channels_last. Appends to benchmarks/results/units.jsonl.
+turn, all channels_last. Appends to benchmarks/results/units.jsonl, which holds CPUs: a GPU's rows need --output.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ EPS = 1e-5
 class Inputs:
     """Activations and vectors of one shape and dtype; `of` gives the same values in another dtype."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+        source = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         for name in ("x", "residual", "grad"):
-            value = torch.randn(shape, generator=generator).to(dtype)
+            value = torch.randn(shape, **source).to(dtype)
             setattr(self, name, value.contiguous(memory_format=torch.channels_last))
         for name in ("scale", "shift", "raw_scale", "raw_shift", "grad_mean", "grad_var"):
-            setattr(self, name, torch.randn(shape[1], generator=generator))
+            setattr(self, name, torch.randn(shape[1], **source))
         self.mean, self.var = reference.moments(self.x)
         self.raw_mean, self.raw_var = reference.moments(self.residual)
 
@@ -265,6 +265,7 @@ def show(record: dict[str, Any]) -> None:
 def main() -> None:
     """Measure every row and append its record."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="side of the network's input")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -275,12 +276,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.batch, options.size, options.rounds = 2, 64, 3
-    where = native_environment(options.dtypes)
+    where = native_environment(options.dtypes, options.device)
     print(f"{'unit':17} {'residual':9} {'dtype':9} {'shape':>15} {'ms (p20-p80)':>22}".ljust(82)
           + f"{'GB/s':>7} {'of copy':>8} {'stock ms':>9} speed-up")  # fmt: skip
     for shape in shapes(options.batch, options.size, options.all_shapes):
         for name in options.dtypes:
-            inputs = Inputs(shape, getattr(torch, name))
+            inputs = Inputs(shape, getattr(torch, name), options.device)
             fixed = {"suite": "units", "quick": options.quick, "environment": where, "backend": "native",
                      "layout": "channels_last", "dtype": name, "shape": list(shape)}  # fmt: skip
             for case in cases(inputs):

@@ -51,22 +51,35 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def native_environment(dtypes: Iterable[str]) -> dict[str, Any]:
-    """The environment of a run that measures the native CPU kernels, also printed in one line.
+def native_environment(dtypes: Iterable[str], device: str = "cpu") -> dict[str, Any]:
+    """The environment of a run that measures the native kernels, also printed in one line.
 
     Args:
         dtypes (Iterable[str]): the dtypes that will be measured, as "float32".
+        device (str): device type, "cpu" or "cuda".
 
     Raises:
-        SystemExit: a dtype has no native kernels; with the reason.
+        SystemExit: there is no such device, or a dtype has no native kernels there; with the reason.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("nothing to measure: torch finds no NVIDIA GPU")
     for dtype in dtypes:
-        reason = backends.missing("bn_act", "native", "cpu", getattr(torch, dtype))
+        reason = backends.missing("bn_act", "native", device, getattr(torch, dtype))
         if reason is not None:
             raise SystemExit(f"nothing to measure: no native kernels for {dtype}: {reason}")
-    record = environment()
+    record = environment(device)
     print(describe(record))
     return record
+
+
+def gpu_state() -> dict[str, float] | None:
+    """The first GPU's clocks (MHz), power (W) and temperature (C) now; None where nvidia-smi does not say."""
+    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+    said = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"])
+    try:
+        return None if said is None else dict(zip(fields, map(float, said.split(",")), strict=True))
+    except ValueError:  # a field that this GPU does not have reads [N/A]
+        return None
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ is the one that met some; over seeds, this bound tells wrong gradients from luck
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from resfuse.fusion import fuse
 
 FACTOR = 2.0
 # what a correct result may be off by where stock happens to be exact: a few roundings, or one quarter of a coarse one
@@ -159,3 +162,42 @@ def judge(ours: Mapping[str, Errors], stock: Sequence[Mapping[str, Errors]], dty
             error = getattr(ours[quantity], kind)
             verdicts.append(Verdict(quantity + _LABELS[kind], error, theirs, FACTOR * theirs + FLOOR[dtype]))
     return verdicts
+
+
+def judge_fused(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> list[Verdict]:
+    """Hold the training step of a network, fused on native kernels, to the stock one's.
+
+    Args:
+        network (nn.Module): stock, in float32 and training mode; its weights are conditioned in place, see
+            :func:`condition`.
+        images (Tensor): (N, C, H, W) float32, on the network's device. labels (Tensor): (N,) int64.
+        dtype (torch.dtype): precision of the step: float32, or what autocast runs in.
+
+    Returns:
+        list[Verdict]: as :func:`judge`; every step starts from the same state.
+    """
+    condition(network)
+    autocast = None if dtype == torch.float32 else dtype
+
+    def step(layout: torch.memory_format, *, fused: bool = False, exact: bool = False) -> Step:
+        precision = torch.float64 if exact else torch.float32
+        model = copy.deepcopy(network).to(precision, memory_format=layout)  # type: ignore[call-overload]
+        if fused:
+            fuse(model, backend="native", strict=True)
+        data = images.to(precision, memory_format=layout)
+        return training_step(model, data, labels, None if exact else autocast)
+
+    layouts = (torch.channels_last, torch.contiguous_format)
+    exact = step(layouts[0], exact=True)
+    stock = [step_errors(step(layout), exact) for layout in layouts]
+    return judge(step_errors(step(layouts[0], fused=True), exact), stock, dtype)
+
+
+def refuse_a_wrong_result(verdicts: Sequence[Verdict], name: str) -> None:
+    """Raise SystemExit for the first verdict that does not hold, before anything is timed."""
+    for verdict in verdicts:
+        if not verdict.holds:
+            raise SystemExit(
+                f"refusing to time a wrong result: {name} {verdict.quantity} is off by {verdict.ours:.2e}, "
+                f"allowed {verdict.bound:.2e}"
+            )

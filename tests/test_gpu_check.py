@@ -1,0 +1,159 @@
+"""`make gpu-check` without a GPU: stages, limits, records and the table, over processes that play a part."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_bench import load_script
+from test_ops import NAMES
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def gpu_check():
+    return load_script("gpu_check")
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log"
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_a_machine_without_a_gpu_gets_one_line(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path)}
+    command = [sys.executable, "benchmarks/gpu_check.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("gpu-check: torch ") and done.stderr.endswith(" finds no NVIDIA GPU\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_interpreter_without_torch_gets_one_line(gpu_check, tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'torch'\" >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(SystemExit, match=r"^gpu-check: ModuleNotFoundError: No module named 'torch'$"):
+        gpu_check.probe(str(broken))
+
+
+def test_the_limits_leave_nine_minutes_enough(gpu_check, tmp_path):
+    stages = gpu_check.plan("9.0", tmp_path / "gpu.jsonl")
+    assert sum(stage.limit for stage in stages) <= gpu_check.SECONDS < 9 * 60
+    assert [stage.name for stage in stages][:2] == ["build", "tests"]
+    assert stages[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert all(stage.needs == "build" for stage in stages[1:])
+    for stage in stages:  # every script that is named is there, and takes the arguments that it is given
+        for name in (part for part in stage.command if part.endswith(".py")):
+            assert (ROOT / name).is_file(), name
+
+
+def test_a_dry_run_runs_nothing(gpu_check, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu_check.main(["--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 7 and "bench_gpu.py" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_hides_no_other_stage(gpu_check, log, capsys):
+    stage = gpu_check.Stage
+    stages = [
+        stage("first", python("print('made'); print('=== 3 passed ===')"), 20),
+        stage("broken", python("import sys; print('what went wrong'); sys.exit(9)"), 20),
+        stage("missing", python("raise AssertionError"), 20, "no tool"),
+        stage("needy", python("raise AssertionError"), 20, None, "broken"),
+        stage("nowhere", ["/no/such/program"], 20),
+        stage("last", python("import os; print(os.environ['INK'], os.getcwd())"), 20, None, "first", {"INK": "red"}),
+    ]
+    recorded = []
+    results = gpu_check.check(stages, log, 60, recorded.append)
+    assert recorded == results
+    assert [(r.state, r.note) for r in results] == [
+        ("passed", "3 passed"),
+        ("failed", "what went wrong"),
+        ("skipped", "no tool"),
+        ("skipped", "broken has not passed"),
+        ("failed", "[Errno 2] No such file or directory: '/no/such/program'"),
+        ("passed", f"red {ROOT}"),
+    ]
+    said = capsys.readouterr().out
+    assert "what went wrong" in said and "gpu-check: missing skipped: no tool" in said and "made" not in said
+    assert "made" in log.read_text()
+
+
+def test_a_stage_that_runs_too_long_ends_with_its_children(gpu_check, log, tmp_path):
+    """The child ignores the first signal; its file shows whether it lives on."""
+    alive = tmp_path / "alive"
+    child = (
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"while True: open({str(alive)!r}, 'a').write('.'); time.sleep(0.05)"
+    )
+    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    results = gpu_check.check(
+        [gpu_check.Stage("slow", python(parent), 1), gpu_check.Stage("next", python("pass"), 20)], log, 60
+    )
+    assert [r.state for r in results] == ["out of time", "passed"] and results[0].note == "begun"
+    assert time.monotonic() - start < 20
+    size = alive.stat().st_size
+    time.sleep(0.3)
+    assert alive.stat().st_size == size > 0
+
+
+def test_no_stage_outlasts_the_whole(gpu_check, log):
+    stages = [gpu_check.Stage(name, python("import time; time.sleep(60)"), 50) for name in ("one", "two")]
+    one, two = gpu_check.check(stages, log, 1.5)
+    assert one.state == "out of time" and one.seconds < 10
+    assert (two.state, two.note) == ("skipped", "no time is left")
+
+
+ROWS = [
+    {"suite": "units", "unit": "moments", "form": "", "share_of_copy": 0.95, "gb_per_s": 4000.0},
+    {"suite": "units", "unit": "moments", "form": "", "share_of_copy": 0.85, "gb_per_s": 3600.0},
+    {"suite": "gpu-models", "variant": "eager", "batch": 256, "images_per_s": 2000.0},
+    {"suite": "gpu-models", "variant": "fused", "batch": 256, "images_per_s": 3000.0},
+    {"suite": "gpu-models", "variant": "fused", "batch": 16, "images_per_s": 900.0},
+]
+
+
+def test_rows_are_appended_and_the_table_comes_last(gpu_check, monkeypatch, capsys, tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    writer = f"open({str(tmp_path / 'gpu.jsonl')!r}, 'a').write({lines!r})"
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "probe", lambda: {"gpu": "Some GPU", "architecture": "9.0", "torch": "2.11"})
+    stages = [gpu_check.Stage("build", python(writer), 20), gpu_check.Stage("tests", python("raise SystemExit(1)"), 20)]
+    monkeypatch.setattr(gpu_check, "plan", lambda architecture, results: stages)
+    (tmp_path / "gpu.jsonl").write_text(json.dumps({"suite": "gpu-models", "variant": "older"}) + "\n")
+    assert gpu_check.main([]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("gpu-check: Some GPU, sm_90, torch 2.11\n")
+    table = said.split("\n\n")[-1]
+    assert "build        passed" in table and "tests        failed" in table and "older" not in table
+    assert "3800 GB/s   90% of a copy, at least  85%" in table
+    assert "batch 256 fused                   3000.0 images/s  1.50x eager" in table
+    assert "batch  16 fused                    900.0 images/s \n" in table
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [r["state"] for r in rows if r["suite"] == "gpu-check"] == ["passed", "failed"]
+    assert all(r["gpu"] == "Some GPU" for r in rows if r["suite"] == "gpu-check")
+    assert gpu_check.main(["--stages", "build"]) == 0
+
+
+def test_what_the_sanitizer_runs_calls_every_operator_of_cuda():
+    done = subprocess.run(
+        [sys.executable, "tests/gpu_small_shapes.py", "cpu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) >= 18 * len(NAMES)
+
+
+def test_the_makefile_has_the_command():
+    assert "\ngpu-check:\n\t$(PYTHON) benchmarks/gpu_check.py\n" in (ROOT / "Makefile").read_text()
