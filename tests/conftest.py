@@ -45,6 +45,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def on_gpu():
+    """Tensors are made on the GPU, and stock computes there as exactly as it can, without TF32."""
+    reason = backends.missing("bn_act", "native", "cuda", torch.float32)
+    if reason is not None:
+        pytest.skip(f"needs the CUDA library: {reason}")
+    torch.set_default_device("cuda")
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+    torch.set_default_device(None)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")

@@ -168,7 +168,7 @@ def step(module, x, residual=None, *, call=None, target=None, scale=1.0, autocas
     inputs = {
         name: leaf(t).requires_grad_(needs_grad) for name, t in (("x", x), ("residual", residual)) if t is not None
     }
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         out = (module if call is None else call)(*inputs.values())
         loss = None if target is None else F.cross_entropy(out, target, reduction="none")
     found = {"out": out.detach()}

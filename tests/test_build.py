@@ -122,6 +122,12 @@ def test_the_native_library_is_there():
     assert resfuse.ops.missing_native["cpu"] is None
 
 
+@pytest.mark.gpu
+def test_the_cuda_library_is_there():
+    """Likewise on a machine with a GPU."""
+    assert resfuse.ops.missing_native["cuda"] is None
+
+
 def test_available_reports_every_backend():
     found = {(s.backend, s.device): s for s in resfuse.backends.available()}
     assert {("native", "cpu"), ("native", "cuda"), ("triton", "cuda"), ("reference", "any")} <= found.keys()

@@ -1,0 +1,6 @@
+"""test_units once more, with every tensor on a GPU."""
+
+import pytest
+from test_units import *  # noqa: F403  the tests themselves
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
