@@ -30,15 +30,20 @@ def batch_norm_parameters(bn: nn.BatchNorm2d | BNAct2d) -> BatchNorm2dParameters
     """The parameters of a normalisation module for this call, as torch.nn.BatchNorm2d decides them.
 
     Batch statistics in training, and in eval where there are no running ones; running statistics are updated only in
-    training with track_running_stats.
+    training with track_running_stats, and not where gradient checkpointing computes a forward pass again: once a step.
     """
     training, running_mean, running_var = bn.training, bn.running_mean, bn.running_var
-    tracked = training and bn.track_running_stats
+    tracked = training and bn.track_running_stats and not _recomputes()
     if training and not tracked:
         running_mean = running_var = None
     use_batch = training or running_mean is None
     batches = bn.num_batches_tracked if tracked else None
     return BatchNorm2dParameters(running_mean, running_var, bn.weight, bn.bias, use_batch, bn.momentum, bn.eps, batches)
+
+
+def _recomputes() -> bool:
+    """Whether this forward pass runs inside a backward pass: gradient checkpointing recomputes what it did not keep."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class AddReLU(nn.Module):

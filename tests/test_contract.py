@@ -295,7 +295,6 @@ def test_the_identity_at_zero_gamma():
 WRAPPED = {
     "twice-in-a-row": lambda block: lambda x: block(block(x)),
     "two-forwards-then-backward": lambda block: lambda x: block(x) + block(2 * x),
-    "checkpoint": lambda block: lambda x: checkpoint(block, x, use_reentrant=False, preserve_rng_state=False),
     "functional_call": lambda block: lambda x: functional_call(block, dict(block.named_parameters()), (x,)),
 }
 
@@ -303,6 +302,23 @@ WRAPPED = {
 @pytest.mark.parametrize("how", WRAPPED)
 def test_calls_around_a_block(how):
     assert_as_stock(blocks := three("basic"), image(blocks[0]), WRAPPED[how])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@EVERY_BLOCK
+def test_checkpointing_updates_the_statistics_once(name, momentum, reentrant):
+    """The recomputation has the gradients and the statistics of a step without it, where stock's are updated twice."""
+    found, fused = [], resfuse.fuse(build(name))
+    for call in (lambda block, x: block(x), lambda block, x: checkpoint(block, x, use_reentrant=reentrant)):
+        block = copy.deepcopy(fused)
+        for bn in norms(block):
+            bn.momentum = momentum
+        torch.manual_seed(1)
+        x = image(block).requires_grad_()
+        call(block, x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in block.parameters()), *block.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_backward_twice_over_a_retained_graph():
