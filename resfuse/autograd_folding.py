@@ -17,7 +17,7 @@ from resfuse.autograd import _beside, _cast, _differentiate, _laid_out_as, _mask
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.raw import Pairs, Raw, Statistics, count, scale_shift, zeros_or
 
-_UNIT: Pairs = ([1, 1], [0, 0], [1, 1])
+_UNIT: Pairs = ([1, 1], [0, 0], [1, 1], 1)
 _NONE: tuple[None, ...] = (None,) * 9
 
 
@@ -35,7 +35,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _gram(grad: Tensor, a: Tensor, stride: list[int]) -> Tensor:
     """grad^T a in float32, (K, C), over the pixels that a 1x1 convolution of this stride reads of a."""
     like = torch.empty(grad.shape[1], a.shape[1], 1, 1, device=a.device)
-    pairs = (stride, [0, 0], [1, 1])
+    pairs = (stride, [0, 0], [1, 1], 1)
     return ops.conv_stats_backward(
         grad, *_NONE[:5], False, a, None, None, like, False, *pairs, None, False, True
     )[1].flatten(1)  # fmt: skip

@@ -56,18 +56,19 @@ SCHEMAS = (
     "int[2] padding) -> ()",
     "tile_kernels(Tensor like) -> bool",
     "conv_stats(Tensor x, Tensor? affine, Tensor? mean, Tensor weight, bool relu, int[2] stride, "
-    "int[2] padding, int[2] dilation, bool moments) -> (Tensor y, Tensor y_mean, Tensor y_var)",
+    "int[2] padding, int[2] dilation, int groups, bool moments) -> (Tensor y, Tensor y_mean, Tensor y_var)",
     "conv_stats_backward(Tensor grad_y, Tensor? y, Tensor? y_affine, Tensor? y_mean, Tensor? grad_mean, "
     "Tensor? grad_var, bool y_relu, Tensor x, Tensor? affine, Tensor? mean, Tensor weight, bool relu, "
-    "int[2] stride, int[2] padding, int[2] dilation, Tensor? other, bool need_x, bool need_weight) "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? other, bool need_x, bool need_weight) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor sums)",
     "conv_stats_backward_(Tensor grad_y, Tensor? y, Tensor? y_affine, Tensor? y_mean, Tensor? grad_mean, "
     "Tensor? grad_var, bool y_relu, Tensor x, Tensor? affine, Tensor? mean, Tensor weight, bool relu, "
-    "int[2] stride, int[2] padding, int[2] dilation, Tensor(a!) other, bool need_weight) "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor(a!) other, bool need_weight) "
     "-> (Tensor grad_weight, Tensor sums)",
     "conv_act(Tensor x, Tensor? affine, Tensor? mean, bool relu_x, Tensor weight, Tensor? scale, Tensor shift, "
     "Tensor? residual, Tensor? residual_affine, Tensor? residual_mean, Tensor? branch, Tensor? branch_weight, "
-    "int[2] branch_stride, bool relu, int[2] stride, int[2] padding, int[2] dilation, bool moments) "
+    "int[2] branch_stride, bool relu, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "bool moments) "
     "-> (Tensor out, Tensor out_mean, Tensor out_var)",
     "second_moments(Tensor x, Tensor? affine, Tensor? mean, bool relu, int[2] stride) "
     "-> (Tensor a_mean, Tensor covariance)",
@@ -148,6 +149,7 @@ def _fake_conv_stats(
     stride: Any,
     padding: Any,
     dilation: Any,
+    groups: int,
     moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = weight.shape[0] if moments else 0
@@ -169,7 +171,7 @@ def _fake_conv_act(
     x: Tensor, affine: Any, mean: Any, relu_x: bool, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = weight.shape[0] if rest[-1] else 0
-    return _convolved(x, weight, *rest[-4:-1]), _vector(x, size), _vector(x, size)
+    return _convolved(x, weight, *rest[-5:-2]), _vector(x, size), _vector(x, size)
 
 
 def _fake_expand_weight(grad_out: Tensor, out: Any, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from resfuse import ops
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 
-Pairs = tuple[list[int], list[int], list[int]]
+Pairs = tuple[list[int], list[int], list[int], int]  # stride, padding and dilation as pairs, and groups
 
 
 class Raw(NamedTuple):
@@ -31,14 +31,14 @@ def as_pair(value: Any) -> list[int]:
 
 
 def geometry(conv: Conv2dParameters) -> Pairs:
-    """stride, padding and dilation as pairs; padding given by name is resolved."""
+    """stride, padding and dilation as pairs, and groups; padding given by name is resolved."""
     dilation = as_pair(conv.dilation)
     padding: Any = conv.padding
     if padding == "valid":
         padding = 0
     elif padding == "same":
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
-    return as_pair(conv.stride), as_pair(padding), dilation
+    return as_pair(conv.stride), as_pair(padding), dilation, conv.groups
 
 
 def count(y: Tensor) -> int:

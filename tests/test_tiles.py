@@ -20,34 +20,44 @@ pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has 
 
 DTYPES = pytest.mark.parametrize("dtype", sorted(ops.tile_dtypes, key=str), ids=str)
 LAST = torch.channels_last
-# in, out, kernel, stride, padding, dilation, height, width
+# in, out, kernel, stride, padding, dilation, groups, height, width
 CONVS = {
-    "1x1": (64, 64, (1, 1), (1, 1), (0, 0), (1, 1), 8, 8),
-    "1x1-wide": (130, 257, (1, 1), (1, 1), (0, 0), (1, 1), 14, 14),
-    "1x1-strided": (7, 70, (1, 1), (2, 2), (0, 0), (1, 1), 9, 9),
-    "1x1-padded": (5, 6, (1, 1), (1, 1), (1, 1), (1, 1), 5, 5),
-    "3x3": (3, 5, (3, 3), (1, 1), (1, 1), (1, 1), 7, 9),
-    "3x3-tall": (33, 40, (3, 3), (1, 1), (1, 1), (1, 1), 57, 31),
-    "3x3-strided": (65, 33, (3, 3), (2, 2), (1, 1), (1, 1), 15, 13),
-    "3x3-dilated": (32, 48, (3, 3), (1, 1), (2, 2), (2, 2), 14, 14),
-    "5x5-stride-3": (16, 16, (5, 5), (3, 3), (2, 2), (1, 1), 17, 19),
-    "7x7-strided": (3, 64, (7, 7), (2, 2), (3, 3), (1, 1), 32, 32),
-    "3x1": (40, 24, (3, 1), (2, 1), (1, 0), (1, 1), 11, 11),
-    "1x5": (9, 8, (1, 5), (1, 2), (0, 2), (1, 1), 6, 12),
-    "one-channel": (1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 4, 4),
-    "one-pixel": (31, 17, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1),
+    "1x1": (64, 64, (1, 1), (1, 1), (0, 0), (1, 1), 1, 8, 8),
+    "1x1-wide": (130, 257, (1, 1), (1, 1), (0, 0), (1, 1), 1, 14, 14),
+    "1x1-strided": (7, 70, (1, 1), (2, 2), (0, 0), (1, 1), 1, 9, 9),
+    "1x1-padded": (5, 6, (1, 1), (1, 1), (1, 1), (1, 1), 1, 5, 5),
+    "3x3": (3, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1, 7, 9),
+    "3x3-tall": (33, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1, 57, 31),
+    "3x3-strided": (65, 33, (3, 3), (2, 2), (1, 1), (1, 1), 1, 15, 13),
+    "3x3-dilated": (32, 48, (3, 3), (1, 1), (2, 2), (2, 2), 1, 14, 14),
+    "5x5-stride-3": (16, 16, (5, 5), (3, 3), (2, 2), (1, 1), 1, 17, 19),
+    "7x7-strided": (3, 64, (7, 7), (2, 2), (3, 3), (1, 1), 1, 32, 32),
+    "3x1": (40, 24, (3, 1), (2, 1), (1, 0), (1, 1), 1, 11, 11),
+    "1x5": (9, 8, (1, 5), (1, 2), (0, 2), (1, 1), 1, 6, 12),
+    "one-channel": (1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1, 4, 4),
+    "one-pixel": (31, 17, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, 1),
+    "grouped": (128, 128, (3, 3), (1, 1), (1, 1), (1, 1), 32, 14, 9),
+    "grouped-strided": (96, 64, (3, 3), (2, 2), (1, 1), (1, 1), 4, 15, 13),
+    "grouped-dilated": (36, 60, (3, 3), (1, 1), (2, 2), (2, 2), 3, 9, 11),
+    "grouped-1x1": (84, 160, (1, 1), (1, 1), (0, 0), (1, 1), 2, 7, 7),
+    "grouped-1x1-strided": (66, 22, (1, 1), (2, 2), (0, 0), (1, 1), 11, 9, 9),
+    "odd-groups": (35, 55, (3, 3), (1, 1), (1, 1), (1, 1), 5, 7, 9),
+    "wide-groups": (201, 75, (1, 3), (1, 1), (0, 1), (1, 1), 3, 8, 7),
+    "depthwise": (70, 70, (3, 3), (1, 1), (1, 1), (1, 1), 70, 9, 8),
+    "depthwise-expanding": (33, 99, (5, 5), (2, 2), (2, 2), (1, 1), 33, 9, 9),
+    "depthwise-reducing": (99, 33, (3, 3), (1, 1), (1, 1), (1, 1), 33, 7, 7),
 }
 EVERY_CONV = pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS)
 
 
 def operands(conv, dtype, weight_dtype=None, images=3):
     """x, affine, mean, weight and the geometry of a convolution."""
-    channels, out, kernel, stride, padding, dilation, height, width = conv
+    channels, out, kernel, stride, padding, dilation, groups, height, width = conv
     x = image((images, channels, height, width), dtype, "channels_last")
     affine = torch.stack([torch.randn(channels) / 4, torch.randn(channels)])
-    weight = torch.randn(out, channels, *kernel) / (channels * kernel[0] * kernel[1]) ** 0.5
+    weight = torch.randn(out, channels // groups, *kernel) / (channels // groups * kernel[0] * kernel[1]) ** 0.5
     mean = x.float().mean((0, 2, 3))
-    return x, affine, mean, weight.to(weight_dtype or dtype), (list(stride), list(padding), list(dilation))
+    return x, affine, mean, weight.to(weight_dtype or dtype), (list(stride), list(padding), list(dilation), groups)
 
 
 def torch_path(x, affine, mean, weight, pairs, dtype, grad_y, other=None):
@@ -156,7 +166,7 @@ def test_conv_act_with_a_branch(dtype, channels, stride):
     z = z + shift[:, None, None]
     out, out_mean, _ = ops.conv_act(
         x, None, None, False, weight, None, shift, None, None, None, branch, other, stride, True, [1, 1], [0, 0],
-        [1, 1], True,
+        [1, 1], 1, True,
     )  # fmt: skip
     assert_as_exact(out, F.relu(z).to(dtype), F.relu(z))
     assert torch.allclose(out_mean.double(), out.double().mean((0, 2, 3)), atol=1e-5)
@@ -169,7 +179,7 @@ def test_a_branch_must_add_up():
         with pytest.raises(RuntimeError, match="branch"):
             ops.conv_act(
                 x, None, None, False, weight, None, shift, None, None, None, bad, weight, stride, True, [1, 1], [0, 0],
-                [1, 1], False,
+                [1, 1], 1, False,
             )  # fmt: skip
 
 
@@ -306,11 +316,11 @@ def test_a_convolution_with_bias(folding, training):
         assert torch.allclose(a, b, rtol=1e-4), name
 
 
-@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+@pytest.mark.parametrize(("shortcut", "groups"), [("identity", 1), ("identity", 2), ("projection", 1)])
 @pytest.mark.parametrize("folding", [True, False])
-def test_double_backward(folding, shortcut):
+def test_double_backward(folding, shortcut, groups):
     """Second derivatives are those of the reference."""
-    unit, values = Bottleneck(3, 12, 5, shortcut), image((3, 12, 4, 4), layout="channels_last")
+    unit, values = Bottleneck(3, 12, 6, shortcut, groups=groups), image((3, 12, 4, 4), layout="channels_last")
     results = []
     for call in (partial(native, folding=folding), partial(fused, module=reference)):
         own, x = copy.deepcopy(unit), leaf(values)
@@ -375,7 +385,7 @@ CASES = {
     "conv_act with a branch": lambda x, a, m, w, p: (
         x, a, m, True, w[:, :, :1, :1].contiguous(), None, torch.randn(5), *[None] * 3,
         torch.randn(3, 6, 13, 17).to(memory_format=LAST), torch.randn(5, 6, 1, 1), [2, 2], True, [1, 1], [0, 0], [1, 1],
-        True,
+        1, True,
     ),
     "second_moments": lambda x, a, m, w, p: (x, a, m, True, [2, 1]),
     "expand_bn_act_backward_weight": lambda x, a, m, w, p: (
@@ -408,7 +418,7 @@ def test_kernels_refuse_what_they_cannot_read():
         ops.conv_stats(x, affine, mean, weight.double(), True, *pairs, True)
     with pytest.raises(RuntimeError, match="kernel"):
         ops.conv_stats(
-            x[:, :, :1, :1].contiguous(memory_format=LAST), affine, mean, weight, True, [1, 1], [0, 0], [1, 1], True
+            x[:, :, :1, :1].contiguous(memory_format=LAST), affine, mean, weight, True, [1, 1], [0, 0], [1, 1], 1, True
         )
 
 
@@ -442,10 +452,11 @@ def test_conv_norm_through_its_reference(frozen):
 
 
 def test_parameters_follow_the_module():
-    """stride, padding and dilation in every spelling that torch.nn.Conv2d has."""
-    for options in ({"padding": "same"}, {"padding": "valid"}, {"padding": (1, 0), "stride": (2, 1)}, {"dilation": 2}):
-        conv = nn.Conv2d(3, 4, 3, bias=False, **options)
-        x = image((2, 3, 9, 8), layout="channels_last")
+    """stride, padding, dilation and groups in every spelling that torch.nn.Conv2d has."""
+    strided, grouped = {"padding": (1, 0), "stride": (2, 1)}, {"groups": 2}
+    for options in ({"padding": "same"}, {"padding": "valid"}, strided, {"dilation": 2}, grouped):
+        conv = nn.Conv2d(6, 4, 3, bias=False, **options)
+        x = image((2, 6, 9, 8), layout="channels_last")
         pairs = raw.geometry(conv_parameters(conv))
         y, *_ = ops.conv_stats(x, None, None, conv.weight.detach(), True, *pairs, False)
         assert torch.allclose(y, conv(x).detach(), atol=1e-5)

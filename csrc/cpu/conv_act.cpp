@@ -39,7 +39,7 @@ struct ConvAct {
   template <class E>
   void run(const ConvShape& shape, const Activation<T>& source, const W* weight, const WeightLayout& layout,
            const float* lane_scale, const Branch<T, W>* branch, const E& epilogue) const {
-    Taps taps(plan, shape.width.kernel, ceil_div(shape.in_channels, kUnit<T>), step);
+    Taps taps(plan, shape.width.kernel, kUnit<T>, step);
     int64_t branch_begin = 0;
     if (branch != nullptr)
       branch_begin = taps.append(second_begin, ceil_div(branch->shape.in_channels, kUnit<T>), second_step);
@@ -67,7 +67,7 @@ static ConvShape branch_shape(const ConvShape& first, const Tensor& branch, cons
                               const Pair& stride, ScalarType dtype) {
   STD_TORCH_CHECK(weight.has_value() && weight->is_contiguous() && weight->scalar_type() == dtype,
                   "resfuse: branch_weight must be contiguous and in weight's dtype");
-  const ConvShape shape = conv_shape(branch, *weight, stride, {0, 0}, {1, 1});
+  const ConvShape shape = conv_shape(branch, *weight, stride, {0, 0}, {1, 1}, 1);
   STD_TORCH_CHECK(shape.pointwise() && first.pointwise() && first.height.stride == 1 && first.width.stride == 1 &&
                       shape.images == first.images && shape.out_channels == first.out_channels &&
                       shape.height.out == first.height.out && shape.width.out == first.width.out,
@@ -81,9 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_act(const Tensor& x, const OptionalTenso
                                             const OptionalTensor& residual_affine, const OptionalTensor& residual_mean,
                                             const OptionalTensor& branch, const OptionalTensor& branch_weight,
                                             Pair branch_stride, bool relu, Pair stride, Pair padding, Pair dilation,
-                                            bool moments) {
+                                            int64_t groups, bool moments) {
   STD_TORCH_CHECK(tiles_support(x.scalar_type()), "resfuse: this machine has no tile kernels for x's dtype");
-  const ConvShape shape = conv_shape(x, weight, stride, padding, dilation);
+  const ConvShape shape = conv_shape(x, weight, stride, padding, dilation, groups);
   PaddedVectors vectors;
   const Prologue prologue(affine, mean, x, vectors);
   ConvShape second{};

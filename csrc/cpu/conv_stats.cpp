@@ -14,8 +14,8 @@ template <class T, class W>
 void conv_stats_tiles(const ConvShape& shape, const Activation<T>& source, const W* weight, const WeightLayout& layout,
                       T* y, float* mean, float* var) {
   const Plan plan(shape, false, sizeof(T), kTilePixels, kPatchBytes);
-  const int64_t step = pixel_units<T>(shape.in_channels), units = ceil_div(shape.in_channels, kUnit<T>);
-  const Taps taps(plan, shape.width.kernel, units, step);
+  const int64_t step = pixel_units<T>(shape.in_channels);
+  const Taps taps(plan, shape.width.kernel, kUnit<T>, step);
   const unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, shape.width.kernel, false);
   const Slabs512 slabs(plan.tiles(), ceil_div(shape.out_channels, kPanel));
   OutputMoments moments(plan, slabs, mean != nullptr);
@@ -34,9 +34,9 @@ RESFUSE_TILES_END
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const OptionalTensor& affine, const OptionalTensor& mean,
                                               const Tensor& weight, bool relu, Pair stride, Pair padding, Pair dilation,
-                                              bool moments) {
+                                              int64_t groups, bool moments) {
   STD_TORCH_CHECK(tiles_support(x.scalar_type()), "resfuse: this machine has no tile kernels for x's dtype");
-  const ConvShape shape = conv_shape(x, weight, stride, padding, dilation);
+  const ConvShape shape = conv_shape(x, weight, stride, padding, dilation, groups);
   PaddedVectors vectors;
   const Prologue prologue(affine, mean, x, vectors);
   Tensor y = new_image(x, shape.out_channels, shape.height.out, shape.width.out);

@@ -16,8 +16,8 @@ template <class T, class W>
 void input_gradient_tiles(const ConvShape& shape, const OutputGradient<T>& grad, const W* weight,
                           const WeightLayout& layout, InputGradient<T> epilogue, float* sums_out) {
   const Plan plan(shape, true, sizeof(T), kTilePixels, kPatchBytes);
-  const int64_t step = pixel_units<T>(shape.out_channels), units = ceil_div(shape.out_channels, kUnit<T>);
-  const Taps taps(plan, shape.width.kernel, units, step);
+  const int64_t step = pixel_units<T>(shape.out_channels);
+  const Taps taps(plan, shape.width.kernel, kUnit<T>, step);
   const unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, shape.width.kernel, true);
   const Slabs512 slabs(plan.tiles(), ceil_div(shape.in_channels, kPanel));
   SlabSums sums(sums_out == nullptr ? 0 : slabs.slabs, shape.in_channels, 2);
@@ -74,10 +74,10 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const O
                                                    bool y_relu, const Tensor& x, const OptionalTensor& affine,
                                                    const OptionalTensor& mean, const Tensor& weight, bool relu,
                                                    const Pair& stride, const Pair& padding, const Pair& dilation,
-                                                   const OptionalTensor& other, bool need_x, bool need_weight,
-                                                   bool in_place) {
+                                                   int64_t groups, const OptionalTensor& other, bool need_x,
+                                                   bool need_weight, bool in_place) {
   STD_TORCH_CHECK(tiles_support(x.scalar_type()), "resfuse: this machine has no tile kernels for x's dtype");
-  const ConvShape shape = conv_shape(x, weight, stride, padding, dilation);
+  const ConvShape shape = conv_shape(x, weight, stride, padding, dilation, groups);
   check_image(grad_y, x, shape.out_channels, shape.height.out, shape.width.out, "grad_y");
   if (y.has_value()) check_like(*y, grad_y, "y");
   if (other.has_value()) check_like(*other, x, "other");
@@ -121,10 +121,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_backward(const Tensor& grad_y, con
                                                        const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
                                                        bool y_relu, const Tensor& x, const OptionalTensor& affine,
                                                        const OptionalTensor& mean, const Tensor& weight, bool relu,
-                                                       Pair stride, Pair padding, Pair dilation,
+                                                       Pair stride, Pair padding, Pair dilation, int64_t groups,
                                                        const OptionalTensor& other, bool need_x, bool need_weight) {
   return backward(grad_y, y, y_affine, y_mean, grad_mean, grad_var, y_relu, x, affine, mean, weight, relu, stride,
-                  padding, dilation, other, need_x, need_weight, false);
+                  padding, dilation, groups, other, need_x, need_weight, false);
 }
 
 // `other` becomes grad_x: its memory is mapped already, and in cache.
@@ -133,10 +133,10 @@ std::tuple<Tensor, Tensor> conv_stats_backward_(const Tensor& grad_y, const Opti
                                                 const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
                                                 bool y_relu, const Tensor& x, const OptionalTensor& affine,
                                                 const OptionalTensor& mean, const Tensor& weight, bool relu,
-                                                Pair stride, Pair padding, Pair dilation, const Tensor& other,
-                                                bool need_weight) {
+                                                Pair stride, Pair padding, Pair dilation, int64_t groups,
+                                                const Tensor& other, bool need_weight) {
   const auto found = backward(grad_y, y, y_affine, y_mean, grad_mean, grad_var, y_relu, x, affine, mean, weight, relu,
-                              stride, padding, dilation, other, true, need_weight, true);
+                              stride, padding, dilation, groups, other, true, need_weight, true);
   return {std::get<1>(found), std::get<2>(found)};
 }
 

@@ -38,7 +38,7 @@ void expand_input_tiles(const ConvShape& shape, const T* dz, const Activation<T>
   const int64_t channels = shape.in_channels, pixels = plan.patch_pixels();
   const int64_t dz_step = pixel_units<T>(shape.out_channels), a_step = pixel_units<T>(channels);
   const int64_t a_begin = pixels * dz_step, constant_at = a_begin + pixels * a_step;
-  Taps taps(plan, 1, ceil_div(shape.out_channels, kUnit<T>), dz_step);
+  Taps taps(plan, 1, kUnit<T>, dz_step);
   const int64_t a_weight = taps.append(a_begin, ceil_div(channels, kUnit<T>), a_step);
   const int64_t constant_weight = taps.append(constant_at, 1, 0);
   const ConstantRow constant(row, channels, T{});

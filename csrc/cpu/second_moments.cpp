@@ -39,13 +39,13 @@ template <class T>
 void second_moments_tiles(const ConvShape& shape, const Activation<T>& source, float* pivot, float* mean,
                           float* covariance) {
   const Plan plan(shape, false, sizeof(T), kWeightPixels, kWeightPatchBytes);
-  const WeightSums sums(plan, 1);
+  const WeightSums sums(plan, 1, true, true);
   const int64_t channels = shape.in_channels, pixels = plan.images * plan.height.out * plan.width.out;
   float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
   SlabSums columns(sums.slabs, channels, 1);
   find_pivot(shape, source, pixels, pivot);
   const ShiftedActivation<T> shifted{source, pivot};
-  sum_weight_gradient<T>(plan, shifted, shifted, 1, sums, totals, &columns, true);
+  sum_weight_gradient<T>(plan, shifted, shifted, 1, sums, totals, &columns);
 
   std::vector<double> offset(static_cast<size_t>(channels));
   const auto count = static_cast<double>(pixels);

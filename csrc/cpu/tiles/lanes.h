@@ -26,6 +26,12 @@ RESFUSE_LANES LaneMask lane_mask(int64_t begin, int64_t size) {
   return left >= kLanes ? LaneMask(0xffff) : left <= 0 ? LaneMask(0) : static_cast<LaneMask>((1u << left) - 1);
 }
 
+// Those of sixteen starting at `begin` that lie in [first, last).
+RESFUSE_LANES LaneMask lane_mask(int64_t begin, int64_t first, int64_t last) {
+  const LaneMask mask = lane_mask(begin, last);
+  return begin >= first ? mask : static_cast<LaneMask>(mask & ~lane_mask(begin, first));
+}
+
 // A whole vector is the common case: masked stores of 16-bit values are many times slower on some processors.
 constexpr LaneMask kAllLanes = 0xffff;
 

@@ -2,6 +2,7 @@
 //
 // `multiply`:    c[R pixels][32 channels] = sum over taps and input channels of a[pixel][k] * b[k][32]
 // `accumulate`:  w[8 channels][32 channels] += sum over pixels of p[pixel][8] * q[pixel][32]
+// Both also exist for 16 channels, one vector instead of two: grouped convolutions multiply fewer zeros then.
 // A unit is what one step of the inner product takes: a float, or a pair of bfloat16 whose products are summed in
 // float by one instruction.
 #pragma once
@@ -55,78 +56,75 @@ struct Tap {
 };
 
 // `origin` is the patch pixel from which taps count, `pixel` the first of R pixels.
-template <class U, int R>
+template <class U, int V, int R>
 __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, int64_t pixel, const Tap* taps,
                                                int64_t tap_count, const U* b, float* c, int64_t c_step) {
-  Lanes512 sum[R][2];
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+  Lanes512 sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
   for (const Tap* tap = taps; tap < taps + tap_count; ++tap) {
     const int64_t step = tap->pixel_step;
     const U* at = patch + tap->offset + origin * tap->patch_step + pixel * step;
-    for (const U* end = at + tap->steps; at < end; ++at, b += kPanel) {
-      const auto b0 = load_units(b), b1 = load_units(b + kLanes);
+    for (const U* end = at + tap->steps; at < end; ++at, b += V * kLanes) {
+      decltype(load_units(b)) lanes[V];
+      for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v * kLanes);
       for (int r = 0; r < R; ++r) {
         const auto value = broadcast_unit(at[r * step]);
-        sum[r][0] = multiply_add(value, b0, sum[r][0]);
-        sum[r][1] = multiply_add(value, b1, sum[r][1]);
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    _mm512_storeu_ps(c + r * c_step, sum[r][0]);
-    _mm512_storeu_ps(c + r * c_step + kLanes, sum[r][1]);
-  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * c_step + v * kLanes, sum[r][v]);
 }
 
 template <class U>
 using MultiplyPixels = void (*)(const U*, int64_t, int64_t, const Tap*, int64_t, const U*, float*, int64_t);
 
-template <class U, size_t... R>
+template <class U, int V, size_t... R>
 constexpr std::array<MultiplyPixels<U>, sizeof...(R)> multiply_table(std::index_sequence<R...>) {
-  return {&multiply_pixels<U, static_cast<int>(R) + 1>...};
+  return {&multiply_pixels<U, V, static_cast<int>(R) + 1>...};
 }
 
-// c[i] for `pixels` pixels, in groups as equal as their number allows.
+// c[i] for `pixels` pixels, in groups as equal as their number allows, and `lanes` channels, 32 or 16.
 // Before each group, `before(pixel, count)` is called: it may ask for memory that is needed soon.
 template <class U, class P>
-void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<Tap>& taps, const U* b, float* c,
-              int64_t c_step, const P& before) {
-  static constexpr auto kTable = multiply_table<U>(std::make_index_sequence<kMaxPixels>{});
+void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<Tap>& taps, const U* b, int64_t lanes,
+              float* c, int64_t c_step, const P& before) {
+  static constexpr std::array kTables{multiply_table<U, 1>(std::make_index_sequence<kMaxPixels>{}),
+                                      multiply_table<U, 2>(std::make_index_sequence<kMaxPixels>{})};
+  const auto& table = kTables[lanes == kPanel];
   const int64_t groups = (pixels + kMaxPixels - 1) / kMaxPixels, tap_count = static_cast<int64_t>(taps.size());
   int64_t pixel = 0;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t count = (pixels - pixel) / (groups - group);
     before(pixel, count);
-    kTable[static_cast<size_t>(count - 1)](patch, origin, pixel, taps.data(), tap_count, b, c + pixel * c_step, c_step);
+    table[static_cast<size_t>(count - 1)](patch, origin, pixel, taps.data(), tap_count, b, c + pixel * c_step, c_step);
     pixel += count;
   }
 }
 
 // Rows of pixels: p is dense over all rows, row r of q begins at q + rows[r]. `first`: w is written, not added to.
-template <class U>
+template <class U, int V>
 __attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q, int64_t q_step, const int64_t* rows,
                                           int64_t row_count, int64_t steps, bool first, float* w) {
   constexpr int R = kWeightChannels;
-  Lanes512 sum[R][2];
-  for (int r = 0; r < R; ++r) {
-    sum[r][0] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(w + r * kPanel);
-    sum[r][1] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(w + r * kPanel + kLanes);
-  }
+  Lanes512 sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(w + (r * V + v) * kLanes);
   for (int64_t row = 0; row < row_count; ++row) {
     const U* at = q + rows[row];
     for (int64_t i = 0; i < steps; ++i, p += p_step, at += q_step) {
-      const auto q0 = load_units(at), q1 = load_units(at + kLanes);
+      decltype(load_units(at)) lanes[V];
+      for (int v = 0; v < V; ++v) lanes[v] = load_units(at + v * kLanes);
       for (int r = 0; r < R; ++r) {
         const auto value = broadcast_unit(p[r]);
-        sum[r][0] = multiply_add(value, q0, sum[r][0]);
-        sum[r][1] = multiply_add(value, q1, sum[r][1]);
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    _mm512_storeu_ps(w + r * kPanel, sum[r][0]);
-    _mm512_storeu_ps(w + r * kPanel + kLanes, sum[r][1]);
-  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) _mm512_storeu_ps(w + (r * V + v) * kLanes, sum[r][v]);
 }
 
 }  // namespace resfuse::cpu

@@ -21,13 +21,20 @@ inline ConvAxis conv_axis(const Tensor& x, const Tensor& weight, int64_t axis, c
 }
 
 inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, const Pair& stride, const Pair& padding,
-                            const Pair& dilation) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(0) > 0,
-                  "resfuse: weight must be (K, C, kH, kW) with x's C");
+                            const Pair& dilation, int64_t groups) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) > 0,
+                  "resfuse: x and weight must be 4D and not empty");
+  STD_TORCH_CHECK(groups > 0 && x.size(1) % groups == 0 && x.size(1) / groups == weight.size(1),
+                  "resfuse: weight must be (K, C / groups, kH, kW) with x's C");
+  STD_TORCH_CHECK(weight.size(0) % groups == 0, "resfuse: groups must divide weight's K");
   STD_TORCH_CHECK(x.numel() > 0 && geometry_of(x).channels_last, "resfuse: x must be channels_last and not empty");
   STD_TORCH_CHECK(weight.device() == x.device(), "resfuse: weight must be on x's device");
-  return {x.size(0), x.size(1), weight.size(0), conv_axis(x, weight, 0, stride, padding, dilation),
-          conv_axis(x, weight, 1, stride, padding, dilation)};
+  return {x.size(0),
+          x.size(1),
+          weight.size(0),
+          conv_axis(x, weight, 0, stride, padding, dilation),
+          conv_axis(x, weight, 1, stride, padding, dilation),
+          groups};
 }
 
 // A 1x1 convolution of x.
@@ -102,7 +109,7 @@ struct Prologue {
   }
 };
 
-// Strides of a weight (K, C, kH, kW).
+// Strides of a weight (K, C / groups, kH, kW).
 struct WeightLayout {
   int64_t strides[4];
   int64_t at(int64_t kernel, int64_t kernel_width) const {

@@ -24,10 +24,21 @@ struct ConvAxis {
 struct ConvShape {
   int64_t images, in_channels, out_channels;
   ConvAxis height, width;
+  int64_t groups = 1;
 
   int64_t taps() const { return height.kernel * width.kernel; }
   bool pointwise() const { return taps() == 1 && height.padding == 0 && width.padding == 0; }
 };
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The channels of one side, `to` in all, that share a group with channels `of` the other side, `from` in all.
+inline Range same_groups(Range of, int64_t from, int64_t to, int64_t groups) {
+  const int64_t step = from / groups, to_step = to / groups;
+  return {of.begin / step * to_step, ((of.end - 1) / step + 1) * to_step};
+}
 
 // A tap of one axis: which kernel element, and where its pixel lies in the patch, relative to the base pixel's.
 struct AxisTap {
@@ -99,14 +110,14 @@ struct Tile {
 };
 
 struct Plan {
-  int64_t images, in_channels, out_channels;
+  int64_t images, in_channels, out_channels, groups;
   AxisPlan height, width;
   int64_t rows, columns;  // base pixels of a full tile
 
   // `flat`: all images of a 1x1 convolution are one row
   Plan(const ConvShape& shape, bool backward, int64_t element_size, int64_t target_pixels, int64_t target_bytes,
        bool flat = true)
-      : images(shape.images), in_channels(shape.in_channels), out_channels(shape.out_channels) {
+      : images(shape.images), in_channels(shape.in_channels), out_channels(shape.out_channels), groups(shape.groups) {
     ConvAxis h = shape.height, w = shape.width;
     if (flat && shape.pointwise() && h.stride == 1 && w.stride == 1) {
       w.in = w.out = images * h.in * w.in;

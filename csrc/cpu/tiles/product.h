@@ -3,6 +3,10 @@
 // Tiles are grouped into slabs by shape alone. A slab is computed by one thread in order and has its own sums, which
 // are merged in order: results do not depend on the number of threads. Where an activation has few tiles, panels are
 // shared out too.
+//
+// A patch holds all channels of the input, and a strip of output channels, a panel or half of one, reads a window of
+// them: everything, or, of a grouped convolution, the channels of the groups that the strip belongs to. What a window
+// holds of other groups meets zeros in the packed weight, so a strip is half a panel where that makes windows shorter.
 #pragma once
 
 #include "operands.h"
@@ -17,29 +21,60 @@ constexpr int64_t kTilePixels = 112;        // a panel of a tile, 14 KiB in floa
 constexpr int64_t kPatchBytes = 512 << 10;  // a patch is read again by every panel: it stays in L2
 constexpr int64_t kMinTasks = 8;
 
-// The taps of each phase as offsets into a patch, and where each phase's units begin in a panel.
+// The channels of a patch that strips of `lanes` output channels read, in units: equally many for all, and within the
+// padded patch.
+struct Windows {
+  int64_t lanes;
+  int64_t units = 0;
+  std::vector<int64_t> begin;  // of every strip
+
+  // `unit`: channels of a unit
+  Windows(const Plan& plan, int64_t unit, int64_t strip_lanes) : lanes(strip_lanes) {
+    for (int64_t lane = 0; lane < plan.out_channels; lane += lanes) {
+      const Range strip{lane, std::min(lane + lanes, plan.out_channels)};
+      const Range reads = same_groups(strip, plan.out_channels, plan.in_channels, plan.groups);
+      begin.push_back(reads.begin / unit);
+      units = std::max(units, ceil_div(reads.end, unit) - begin.back());
+    }
+    const int64_t last = ceil_div(plan.in_channels, unit) - units;
+    for (int64_t& first : begin) first = std::min(first, last);
+  }
+
+  static Windows shortest(const Plan& plan, int64_t unit) {
+    Windows wide(plan, unit, kPanel), narrow(plan, unit, kLanes);
+    return narrow.units < wide.units ? narrow : wide;
+  }
+
+  int64_t strips() const { return static_cast<int64_t>(begin.size()); }
+  int64_t at(int64_t strip) const { return begin[static_cast<size_t>(strip)]; }
+};
+
+// The taps of each phase as offsets into a window, and where each phase's units begin in a strip.
 struct PhaseTaps {
   int64_t row, column;  // phase
-  int64_t panel_begin;  // units
+  int64_t begin;        // of its units in a strip
   std::vector<Tap> taps;
   std::vector<int64_t> kernel;  // index of each tap's kernel element
 };
 
 struct Taps {
+  Windows windows;
   std::vector<PhaseTaps> phases;
-  int64_t units = 0;  // of one panel lane
+  int64_t units = 0;  // of one lane
 
-  Taps(const Plan& plan, int64_t kernel_width, int64_t depth_units, int64_t pixel_step) {
+  // `unit`: channels of a unit
+  Taps(const Plan& plan, int64_t kernel_width, int64_t unit, int64_t pixel_step)
+      : windows(Windows::shortest(plan, unit)) {
     const int64_t columns = plan.width.patch(plan.columns);
     for (const AxisPhase& h : plan.height.phases) {
       for (const AxisPhase& w : plan.width.phases) {
-        PhaseTaps phase{h.phase, w.phase, units * kPanel, {}, {}};
+        PhaseTaps phase{h.phase, w.phase, units, {}, {}};
         for (const AxisTap& row : h.taps) {
           for (const AxisTap& column : w.taps) {
-            phase.taps.push_back({(row.offset * columns + column.offset) * pixel_step, depth_units, pixel_step,
+            phase.taps.push_back({(row.offset * columns + column.offset) * pixel_step, windows.units, pixel_step,
                                   plan.width.base_step * pixel_step});
             phase.kernel.push_back(row.kernel * kernel_width + column.kernel);
-            units += depth_units;
+            units += windows.units;
           }
         }
         phases.push_back(std::move(phase));
@@ -47,7 +82,8 @@ struct Taps {
     }
   }
 
-  // One more run of channels for a 1x1 convolution, from another patch `offset` units further; where its weights lie.
+  // One more run of channels for a dense 1x1 convolution, from another patch `offset` units further; where its weights
+  // lie.
   int64_t append(int64_t offset, int64_t steps, int64_t pixel_step) {
     phases[0].taps.push_back({offset, steps, pixel_step, pixel_step});
     units += steps;
@@ -55,20 +91,28 @@ struct Taps {
   }
 };
 
-// Every panel of a weight for one plan. Forward, lanes are output channels; backward, input channels.
+// Every strip of a weight for one plan. Forward, lanes are output channels; backward, input channels.
 template <class T, class W>
 unit_t<T>* pack_weight(const Plan& plan, const Taps& taps, const W* weight, const WeightLayout& layout,
                        int64_t kernel_width, bool backward, const float* lane_scale = nullptr) {
-  const int64_t panels = ceil_div(plan.out_channels, kPanel);
-  unit_t<T>* packed = workspace<unit_t<T>>(Slot::kWeights, panels * taps.units * kPanel);
+  const Windows& windows = taps.windows;
+  unit_t<T>* packed = workspace<unit_t<T>>(Slot::kWeights, windows.strips() * taps.units * windows.lanes);
   const int64_t lane_step = layout.strides[backward ? 1 : 0], k_step = layout.strides[backward ? 0 : 1];
-  parallel_tasks(panels, plan.out_channels * plan.in_channels * 4, [&](int64_t panel) {
-    unit_t<T>* to = packed + panel * taps.units * kPanel;
+  const int64_t group_step = (backward ? plan.out_channels : plan.in_channels) / plan.groups * layout.strides[1];
+  parallel_tasks(windows.strips(), plan.out_channels * windows.units * 4, [&](int64_t strip) {
+    unit_t<T>* to = packed + strip * taps.units * windows.lanes;
     for (const PhaseTaps& phase : taps.phases) {
-      for (size_t i = 0; i < phase.kernel.size(); ++i, to += phase.taps[0].steps * kPanel) {
-        const W* data = weight + layout.at(phase.kernel[i], kernel_width);
-        pack_panel<T>(WeightView<W>{data, plan.out_channels, plan.in_channels, lane_step, k_step, lane_scale}, panel,
-                      to);
+      for (const int64_t kernel : phase.kernel) {
+        const WeightView<W> view{weight + layout.at(kernel, kernel_width),
+                                 plan.out_channels,
+                                 plan.in_channels,
+                                 lane_step,
+                                 k_step,
+                                 lane_scale,
+                                 plan.groups,
+                                 group_step};
+        pack_strip<T>(view, {strip * windows.lanes, windows.lanes, windows.at(strip) * kUnit<T>, windows.units}, to);
+        to += windows.units * windows.lanes;
       }
     }
   });
@@ -126,6 +170,7 @@ template <class T, class F, class A, class E>
 void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int64_t patch_units, const Slabs512& slabs,
                const F& fill, const A& ahead, const E& epilogue) {
   const AxisPlan &h = plan.height, &w = plan.width;
+  const int64_t lanes = taps.windows.lanes;
   const int64_t max_pixels = plan.rows * h.out_step * plan.columns * w.out_step;
   const int64_t work = plan.images * h.out * w.out * plan.out_channels * 16;
   const int64_t workers = workers_for(slabs.slabs * slabs.blocks, work);
@@ -149,23 +194,28 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
       const int64_t later = (task + workers) / slabs.blocks;
       const bool last = index + 1 == slabs.first_tile(slab + 1);
       if (!last || later < slabs.slabs) ahead(plan.tile(last ? slabs.first_tile(later) : index + 1), next);
-      next.spread((slabs.first_panel(block + 1) - slabs.first_panel(block)) * rows * ceil_div(columns, kMaxPixels));
+      next.spread((slabs.first_panel(block + 1) - slabs.first_panel(block)) * kPanel / lanes * rows *
+                  ceil_div(columns, kMaxPixels));
       for (int64_t panel = slabs.first_panel(block); panel < slabs.first_panel(block + 1); ++panel) {
-        const U* b = packed + panel * taps.units * kPanel;
-        for (const PhaseTaps& phase : taps.phases) {
-          for (int64_t r = phase.row, base = 0; r < rows; r += h.out_step, ++base) {
-            float* to = values + (r * columns + phase.column) * kPanel;
-            const int64_t count = ceil_div(columns - phase.column, w.out_step), step = w.out_step * kPanel;
-            if (phase.taps.empty()) {
-              for (int64_t i = 0; i < count; ++i) std::fill_n(to + i * step, kPanel, 0.0f);
-              continue;
+        for (int64_t half = 0; half < kPanel; half += lanes) {
+          const int64_t strip = (panel * kPanel + half) / lanes;
+          if (strip == taps.windows.strips()) break;
+          const U *a = patch + taps.windows.at(strip), *b = packed + strip * taps.units * lanes;
+          for (const PhaseTaps& phase : taps.phases) {
+            for (int64_t r = phase.row, base = 0; r < rows; r += h.out_step, ++base) {
+              float* to = values + (r * columns + phase.column) * kPanel + half;
+              const int64_t count = ceil_div(columns - phase.column, w.out_step), step = w.out_step * kPanel;
+              if (phase.taps.empty()) {
+                for (int64_t i = 0; i < count; ++i) std::fill_n(to + i * step, lanes, 0.0f);
+                continue;
+              }
+              const int64_t row_pixel = pixel + r * w.out + phase.column;
+              multiply<U>(a, base * patch_row, count, phase.taps, b + phase.begin * lanes, lanes, to, step,
+                          [&](int64_t i, int64_t n) RESFUSE_INLINE_LAMBDA {
+                            next.step();
+                            if (half == 0) epilogue.prefetch(row_pixel + i * w.out_step, n, w.out_step, panel);
+                          });
             }
-            const int64_t row_pixel = pixel + r * w.out + phase.column;
-            multiply<U>(patch, base * patch_row, count, phase.taps, b + phase.panel_begin, to, step,
-                        [&](int64_t i, int64_t n) RESFUSE_INLINE_LAMBDA {
-                          next.step();
-                          epilogue.prefetch(row_pixel + i * w.out_step, n, w.out_step, panel);
-                        });
           }
         }
         epilogue(slab, pixel, rows * columns, panel, values);

@@ -2,7 +2,9 @@
 //
 // Both operands are filled by sources, so neither dY nor the activated input is ever stored. For bfloat16 neighbouring
 // output pixels form one unit: two steps of the sum in one instruction. A task is a slab of tiles and a block of
-// channels of the longer side; each slab has sums of its own, merged in order.
+// channels of the longer side; each slab has sums of its own, merged in order. What nobody wants is not summed: one
+// half of a symmetric product, and of a grouped convolution all but the blocks that hold pairs of channels of one
+// group.
 #pragma once
 
 #include "epilogue.h"
@@ -17,29 +19,81 @@ constexpr int64_t kWeightPatchBytes = 768 << 10;  // the input's side of a tile 
 constexpr int64_t kWeightTasks = 16;
 constexpr int64_t kWeightSlabBytes = int64_t{4} << 20;  // the sums of all slabs together
 
-// Sums of one slab: blocks of 8 x 32 floats, [tap][panel of c][group of k]. Slabs and blocks of the longer side share
-// the work: enough tasks, not too much memory for their sums, and the shorter side is what every task fills again.
-struct WeightSums {
-  int64_t taps, panels, groups, slabs, panel_blocks = 1, group_blocks = 1;
+// Channels of c side by side, `lanes` at a time, and the octets of k that each strip of them wants. A strip is a panel,
+// or half of one where a grouped convolution then sums fewer pairs of channels that share no group.
+struct WeightStrips {
+  int64_t lanes;
+  int64_t depth = 0;          // most octets that a strip wants
+  std::vector<Range> wanted;  // octets, of every strip
 
-  // `once`: every value of dY is asked for by one task only
-  WeightSums(const Plan& plan, int64_t tap_count, bool once = false)
-      : taps(tap_count),
-        panels(ceil_div(plan.in_channels, kPanel)),
-        groups(ceil_div(plan.out_channels, kWeightChannels)) {
-    const int64_t bytes = size() * static_cast<int64_t>(sizeof(float));
-    slabs = std::clamp<int64_t>(kWeightSlabBytes / bytes, 1, std::min<int64_t>(plan.tiles(), kWeightTasks));
-    const int64_t blocks = ceil_div(kWeightTasks, slabs);
-    if (taps == 1 && plan.in_channels > plan.out_channels && !once) {
-      panel_blocks = std::min(blocks, panels);
-    } else {
-      group_blocks = std::min(blocks, groups);
+  // `symmetric`: dY is the input, and blocks below the diagonal are left out
+  WeightStrips(const Plan& plan, bool symmetric, int64_t strip_lanes) : lanes(strip_lanes) {
+    for (int64_t begin = 0; begin < plan.in_channels; begin += lanes) {
+      const Range strip{begin, std::min(begin + lanes, plan.in_channels)};
+      Range k = same_groups(strip, plan.in_channels, plan.out_channels, plan.groups);
+      if (symmetric) k.end = strip.end;
+      wanted.push_back({k.begin / kWeightChannels, ceil_div(k.end, kWeightChannels)});
+      depth = std::max(depth, wanted.back().end - wanted.back().begin);
     }
   }
-  int64_t size() const { return taps * panels * groups * kWeightChannels * kPanel; }
-  int64_t tasks() const { return slabs * panel_blocks * group_blocks; }
-  int64_t at(int64_t tap, int64_t panel, int64_t group) const {
-    return ((tap * panels + panel) * groups + group) * kWeightChannels * kPanel;
+
+  static WeightStrips fewest_sums(const Plan& plan, bool symmetric) {
+    WeightStrips wide(plan, symmetric, kPanel), narrow(plan, symmetric, kLanes);
+    return plan.groups > 1 && narrow.sums() < wide.sums() ? narrow : wide;
+  }
+
+  int64_t count() const { return static_cast<int64_t>(wanted.size()); }
+  int64_t block() const { return kWeightChannels * lanes; }
+  int64_t sums() const { return count() * depth * block(); }
+  Range wants(int64_t strip) const { return wanted[static_cast<size_t>(strip)]; }
+};
+
+// The share of one task: octets of k, and the strips of c that want any of them.
+struct WeightBlock {
+  Range octets, strips;
+};
+
+// Sums of one slab: blocks of 8 x `lanes` floats, [tap][strip of c][octet of k], of those octets that the strip wants.
+struct WeightSums {
+  WeightStrips strips;
+  bool symmetric;  // dY is the input, and is read where the input is
+  int64_t taps, octets, slabs;
+  int64_t max_strips = 0, max_octets = 0;  // of a block
+  std::vector<WeightBlock> blocks;
+
+  // `once`: every value of dY is asked for by one task only
+  WeightSums(const Plan& plan, int64_t tap_count, bool once = false, bool symmetric = false)
+      : strips(WeightStrips::fewest_sums(plan, symmetric)),
+        symmetric(symmetric),
+        taps(tap_count),
+        octets(ceil_div(plan.out_channels, kWeightChannels)) {
+    const int64_t bytes = size() * static_cast<int64_t>(sizeof(float));
+    slabs = std::clamp<int64_t>(kWeightSlabBytes / bytes, 1, std::min<int64_t>(plan.tiles(), kWeightTasks));
+    const bool by_strips = taps == 1 && plan.in_channels > plan.out_channels && plan.groups == 1 && !once;
+    share_out(ceil_div(kWeightTasks, slabs), by_strips);
+  }
+  int64_t size() const { return taps * strips.sums(); }
+  int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
+  int64_t at(int64_t tap, int64_t strip, int64_t octet) const {
+    return tap * strips.sums() + (strip * strips.depth + octet - strips.wants(strip).begin) * strips.block();
+  }
+
+ private:
+  // Slabs and blocks of the longer side share the work: enough tasks, not too much memory for their sums, and the
+  // shorter side is what every task fills again.
+  void share_out(int64_t count, bool by_strips) {
+    const int64_t wide = by_strips ? ceil_div(strips.count(), count) : strips.count();
+    const int64_t high = by_strips ? octets : ceil_div(octets, count);
+    for (int64_t strip = 0; strip < strips.count(); strip += wide) {
+      for (int64_t octet = 0; octet < octets; octet += high) {
+        WeightBlock block{{octet, std::min(octet + high, octets)}, {strip, std::min(strip + wide, strips.count())}};
+        while (strips.wants(block.strips.begin).end <= block.octets.begin) ++block.strips.begin;
+        while (strips.wants(block.strips.end - 1).begin >= block.octets.end) --block.strips.end;
+        max_strips = std::max(max_strips, block.strips.end - block.strips.begin);
+        max_octets = std::max(max_octets, block.octets.end - block.octets.begin);
+        blocks.push_back(block);
+      }
+    }
   }
 };
 
@@ -184,30 +238,26 @@ inline void add_columns(const uint32_t* p, int64_t p_step, int64_t steps, int64_
   }
 }
 
-// Into `totals`, (slabs, size) of sums; `columns` receives the sums of dY's channels. If `symmetric`, dY is the input
-// and blocks below the diagonal are left out.
+// Into `totals`, (slabs, size) of sums; `columns` receives the sums of dY's channels, if every one is asked for once.
 template <class T, class G, class A>
 void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_t kernel_width, const WeightSums& sums,
-                         float* totals, SlabSums* columns = nullptr, bool symmetric = false) {
+                         float* totals, SlabSums* columns = nullptr) {
   using U = unit_t<T>;
   const int64_t slabs = sums.slabs, tiles = plan.tiles(), out_channels = plan.out_channels;
-  const int64_t block_groups = ceil_div(sums.groups, sums.group_blocks);
-  const int64_t block_panels = ceil_div(sums.panels, sums.panel_blocks);
   const AxisPlan &h = plan.height, &w = plan.width;
-  const InputSide<T> side(plan, std::min(block_panels * kPanel, plan.in_channels));
-  const int64_t p_step = pixel_units<float>(block_groups * kWeightChannels);
+  const InputSide<T> side(plan, std::min(sums.max_strips * sums.strips.lanes, plan.in_channels));
+  const int64_t p_step = pixel_units<float>(sums.max_octets * kWeightChannels), blocks = sums.block_count();
   const int64_t max_steps = plan.rows * ceil_div(plan.columns, kUnit<T>);
   const int64_t work = plan.images * plan.height.out * plan.width.out * out_channels * 16;
 
-  const int64_t workers = workers_for(sums.tasks(), work);
-  parallel_tasks(sums.tasks(), work, [&](int64_t task) {
-    const int64_t first_group = task % sums.group_blocks * block_groups, rest = task / sums.group_blocks;
-    const int64_t first_panel = rest % sums.panel_blocks * block_panels, slab = rest / sums.panel_blocks;
-    const int64_t groups = std::min(block_groups, sums.groups - first_group);
-    const int64_t panels = std::min(block_panels, sums.panels - first_panel);
-    if (groups <= 0 || panels <= 0) return;
-    const int64_t begin = first_group * kWeightChannels, end = std::min(begin + groups * kWeightChannels, out_channels);
-    const int64_t in_begin = first_panel * kPanel, in_end = std::min(in_begin + panels * kPanel, plan.in_channels);
+  const auto add = sums.strips.lanes == kPanel ? accumulate<U, 2> : accumulate<U, 1>;
+  const int64_t workers = workers_for(slabs * blocks, work);
+  parallel_tasks(slabs * blocks, work, [&](int64_t task) {
+    const auto [octets, strips] = sums.blocks[static_cast<size_t>(task % blocks)];
+    const int64_t slab = task / blocks;
+    const int64_t begin = octets.begin * kWeightChannels, end = std::min(octets.end * kWeightChannels, out_channels);
+    const int64_t in_begin = strips.begin * sums.strips.lanes,
+                  in_end = std::min(strips.end * sums.strips.lanes, plan.in_channels);
     const int64_t bytes = Carver::bytes_of<U>(side.patch_size) + Carver::bytes_of<U>(side.q_size + kPanel) +
                           Carver::bytes_of<U>(max_steps * p_step) + Carver::bytes_of<int64_t>(plan.rows);
     Carver carver(static_cast<char*>(workspace_bytes(Slot::kTile, bytes)));
@@ -222,68 +272,75 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
       const Tile tile = plan.tile(index);
       Prefetcher next;
       // after its last tile, this thread will likely take the task that is one round of workers away
-      const int64_t later = (task + workers) / (sums.group_blocks * sums.panel_blocks);
+      const int64_t later = (task + workers) / blocks;
       const bool last = index + 1 == (slab + 1) * tiles / slabs;
       if (!last || later < slabs) {
         const Tile following = plan.tile(last ? later * tiles / slabs : index + 1);
         prefetch_tile(plan, following, input, next);
         const int64_t at = (following.image * plan.height.out + following.row) * plan.width.out + following.column;
-        if (!symmetric) grad.prefetch(at, following.rows * following.columns, next);
+        if (!sums.symmetric) grad.prefetch(at, following.rows * following.columns, next);
       }
-      next.spread(sums.taps * panels * groups);
+      next.spread(sums.taps * (strips.end - strips.begin) * std::min(octets.end - octets.begin, sums.strips.depth));
       const U* q = side.fill(tile, input, in_begin, in_end, patch, q_memory);
       const int64_t patch_columns = plan.width.patch(tile.columns), steps = ceil_div(tile.columns, kUnit<T>);
       for (int64_t row = 0; row < tile.rows; ++row) {
         const int64_t pixel =
-            symmetric ? first_pixel(plan, tile, row) : (tile.image * h.out + tile.row + row) * w.out + tile.column;
-        fill_units<T>(grad, pixel, symmetric ? w.in_step : 1, tile.columns, begin, end, p + row * steps * p_step,
+            sums.symmetric ? first_pixel(plan, tile, row) : (tile.image * h.out + tile.row + row) * w.out + tile.column;
+        fill_units<T>(grad, pixel, sums.symmetric ? w.in_step : 1, tile.columns, begin, end, p + row * steps * p_step,
                       p_step);
       }
-      if (columns != nullptr && first_panel == 0)
-        add_columns(p, p_step, tile.rows * steps, end - begin, columns->at(slab, 0) + begin);
+      if (columns != nullptr) add_columns(p, p_step, tile.rows * steps, end - begin, columns->at(slab, 0) + begin);
       for (const AxisTap& down : h.phases[0].taps) {
         for (const AxisTap& across : w.phases[0].taps) {
           for (int64_t row = 0; row < tile.rows; ++row) rows[row] = side.row(row, steps, patch_columns, down, across);
-          for (int64_t panel = 0; panel < panels; ++panel)
-            for (int64_t group = 0; group < groups; ++group) {
-              if (symmetric && (first_panel + panel + 1) * kPanel <= (first_group + group) * kWeightChannels) continue;
+          const int64_t tap = down.kernel * kernel_width + across.kernel;
+          for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
+            const Range wanted = sums.strips.wants(strip);
+            const int64_t stop = std::min(octets.end, wanted.end);
+            for (int64_t octet = std::max(octets.begin, wanted.begin); octet < stop; ++octet) {
               next.step();
-              accumulate<U>(p + group * kWeightChannels, p_step, q + panel * kPanel, side.q_step, rows, tile.rows,
-                            steps, index == first_tile,
-                            total + sums.at(down.kernel * kernel_width + across.kernel, first_panel + panel,
-                                            first_group + group));
+              add(p + octet * kWeightChannels - begin, p_step, q + strip * sums.strips.lanes - in_begin, side.q_step,
+                  rows, tile.rows, steps, index == first_tile, total + sums.at(tap, strip, octet));
             }
+          }
         }
       }
     }
   });
 }
 
-// Merge slabs and write a gradient with the weight's strides and dtype.
+// Merge sixteen sums of every slab and write those from lane `first` to `last`, `step` apart.
+template <class W>
+RESFUSE_LANES void write_sums(const WeightSums& sums, const float* from, int64_t first, int64_t last, W* to,
+                              int64_t step) {
+  Lanes512 total = load_lanes(from);
+  for (int64_t slab = 1; slab < sums.slabs; ++slab) total = _mm512_add_ps(total, load_lanes(from + slab * sums.size()));
+  if (step == 1 && last - first == kLanes) return store_lanes(to, total);
+  alignas(64) float values[kLanes];
+  store_lanes(values, total);
+  for (int64_t j = first; j < last; ++j) store(to + (j - first) * step, values[j]);
+}
+
+// Write a gradient with the weight's strides and dtype: for each output channel, the input channels of its group.
 template <class W>
 void write_weight_gradient(const ConvShape& shape, const WeightSums& sums, const float* totals,
                            const WeightLayout& layout, W* grad) {
-  parallel_tasks(sums.groups, sums.size(), [&](int64_t group) {
+  const int64_t lanes = sums.strips.lanes;
+  parallel_tasks(sums.octets, sums.size(), [&](int64_t octet) {
+    const int64_t begin = octet * kWeightChannels, rows = std::min(kWeightChannels, shape.out_channels - begin);
+    Range inputs[kWeightChannels];
+    for (int64_t r = 0; r < rows; ++r)
+      inputs[r] = same_groups({begin + r, begin + r + 1}, shape.out_channels, shape.in_channels, shape.groups);
     for (int64_t tap = 0; tap < sums.taps; ++tap) {
-      const int64_t offset = layout.at(tap, shape.width.kernel);
-      for (int64_t panel = 0; panel < sums.panels; ++panel) {
-        const float* block = totals + sums.at(tap, panel, group);
-        for (int64_t r = 0; r < kWeightChannels && group * kWeightChannels + r < shape.out_channels; ++r) {
-          W* to =
-              grad + offset + (group * kWeightChannels + r) * layout.strides[0] + panel * kPanel * layout.strides[1];
-          for (int64_t half = 0; half < kPanel; half += kLanes) {
-            const LaneMask mask = lane_mask(panel * kPanel + half, shape.in_channels);
-            Lanes512 total = load_lanes(block + r * kPanel + half);
-            for (int64_t slab = 1; slab < sums.slabs; ++slab)
-              total = _mm512_add_ps(total, load_lanes(block + slab * sums.size() + r * kPanel + half));
-            if (layout.strides[1] == 1) {
-              store_lanes(to + half, total, mask);
-              continue;
-            }
-            alignas(64) float values[kLanes];
-            store_lanes(values, total);
-            for (int64_t j = 0; j < kLanes && panel * kPanel + half + j < shape.in_channels; ++j)
-              store(to + (half + j) * layout.strides[1], values[j]);
+      W* to = grad + layout.at(tap, shape.width.kernel) + begin * layout.strides[0];
+      for (int64_t strip = inputs[0].begin / lanes; strip * lanes < inputs[rows - 1].end; ++strip) {
+        const float* block = totals + sums.at(tap, strip, octet);
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = strip * lanes; c < (strip + 1) * lanes; c += kLanes) {
+            const int64_t first = std::max(c, inputs[r].begin), last = std::min(c + kLanes, inputs[r].end);
+            if (first < last)
+              write_sums(sums, block + r * lanes + c % lanes, first - c, last - c,
+                         to + r * layout.strides[0] + (first - inputs[r].begin) * layout.strides[1], layout.strides[1]);
           }
         }
       }
