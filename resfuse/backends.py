@@ -19,6 +19,9 @@ _NATIVE_UNITS = frozenset({"add_relu", "moments", "finalize", "scale_shift_act",
 # From here on tile kernels win over torch's convolutions and passes around them, by measurement: narrower ones leave
 # lanes of the register tile empty.
 _TILE_CHANNELS = {torch.float32: 64, torch.bfloat16: 32}
+# The same for the channels of one group, by measurement: sixteen lanes read the channels of all groups that they belong
+# to, so of a depthwise convolution's multiply-adds fifteen in sixteen meet zeros.
+_TILE_GROUP_CHANNELS = {torch.float32: 2, torch.bfloat16: 2}
 # Up to here train-time folding costs no time, by measurement: see `folds`.
 _FOLD_CHANNELS = 256
 
@@ -92,13 +95,16 @@ def choose(unit: str, device: str, dtype: torch.dtype, requested: str | None = N
     return requested
 
 
-def why_not_raw(device: str, dtype: torch.dtype, channels: int | None = None) -> str | None:
+def why_not_raw(
+    device: str, dtype: torch.dtype, channels: int | None = None, group_channels: int | None = None
+) -> str | None:
     """Why activations do not travel raw, to be normalised by the convolution that reads them; None where they do.
 
     Args:
         device (str): device type of the activations.
         dtype (torch.dtype): their dtype.
         channels (int | None): the fewest channels into or out of a convolution; None asks about kernels alone.
+        group_channels (int | None): the fewest into or out of one group of a grouped one; None where none is grouped.
 
     Returns:
         str | None: the reason.
@@ -111,6 +117,9 @@ def why_not_raw(device: str, dtype: torch.dtype, channels: int | None = None) ->
         return f"this processor has no convolution kernels for {dtype}"
     if channels is not None and channels < _TILE_CHANNELS[dtype]:
         return f"torch is faster below {_TILE_CHANNELS[dtype]} channels in {dtype}, here {channels}"
+    if group_channels is not None and group_channels < _TILE_GROUP_CHANNELS[dtype]:
+        fewest = _TILE_GROUP_CHANNELS[dtype]
+        return f"torch is faster below {fewest} channels per group in {dtype}, here {group_channels}"
     return None
 
 

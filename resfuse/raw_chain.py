@@ -28,14 +28,18 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
 
 
+def _group_channels(conv: Conv2dParameters) -> tuple[int, int]:
+    """Channels out of and into one group."""
+    return conv.weight.shape[0] // conv.groups, conv.weight.shape[1]
+
+
 def why_not_convs(convs: Sequence[Conv2dParameters], device: str, dtype: torch.dtype) -> str | None:
     """Why these convolutions of activations of `dtype` are left to torch; None where tile kernels can serve them."""
-    fewest = min(size for conv in convs for size in (conv.weight.shape[0], conv.weight.shape[1] * conv.groups))
-    if (reason := why_not_raw(device, dtype, fewest)) is not None:
+    fewest = min(size * conv.groups for conv in convs for size in _group_channels(conv))
+    grouped = [size for conv in convs if conv.groups > 1 for size in _group_channels(conv)]
+    if (reason := why_not_raw(device, dtype, fewest, min(grouped) if grouped else None)) is not None:
         return reason
     for conv in convs:
-        if conv.groups != 1:
-            return f"a convolution has {conv.groups} groups"
         if conv.weight.dtype not in (dtype, torch.float32):
             return f"a weight is {conv.weight.dtype}"
         if conv.padding == "same" and any(k % 2 == 0 for k in conv.weight.shape[2:]):
@@ -62,8 +66,9 @@ def _as_input(x: Tensor) -> Tensor:
 
 
 def _is_pointwise(conv: Conv2dParameters) -> bool:
+    """Whether a convolution is a product with a matrix at every pixel that it reads, and so can fold."""
     padded = conv.padding not in (0, (0, 0), (0,), "same", "valid")
-    return tuple(conv.weight.shape[2:]) == (1, 1) and conv.groups == 1 and not padded
+    return conv.groups == 1 and tuple(conv.weight.shape[2:]) == (1, 1) and not padded
 
 
 def _folds(x: Tensor, layer: Layer, folding: bool | None) -> bool:

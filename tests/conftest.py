@@ -14,7 +14,8 @@ def seed():
 @pytest.fixture(autouse=True)
 def tiles_for_every_width(monkeypatch):
     """Small blocks run on tile kernels too, where there are any; how many channels pay is test_tiles's."""
-    monkeypatch.setattr(backends, "_TILE_CHANNELS", dict.fromkeys(backends._TILE_CHANNELS, 1))
+    for rule in ("_TILE_CHANNELS", "_TILE_GROUP_CHANNELS"):
+        monkeypatch.setattr(backends, rule, dict.fromkeys(getattr(backends, rule), 1))
 
 
 @pytest.fixture

@@ -59,9 +59,9 @@ def recorder():
 
 @torch.no_grad()
 def network():
-    """A small stock network whose normalisations are not at their initial values, with a projection shortcut."""
+    """A small stock network, normalisations away from their initial values: a projection, a grouped convolution."""
     shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16))
-    blocks = models.BasicBlock(8, 8), models.BasicBlock(8, 16, 2, shortcut), models.Bottleneck(16, 4)
+    blocks = models.BasicBlock(8, 8), models.BasicBlock(8, 16, 2, shortcut), models.Bottleneck(16, 4, groups=2)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), *blocks)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and not name.startswith("0."):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import resfuse
-from resfuse import fusion, models, ops
+from resfuse import backends, fusion, models, ops
 from resfuse.nn import ConvBNAct2d, FusedBasicBlock
 
 
@@ -153,6 +153,8 @@ def test_explain_says_who_convolves_and_fuse_takes_folding():
         assert resfuse.explain(model).blocks[0].convolutions == how
         assert f"fused, convolutions by {how}" in str(resfuse.explain(model))
         assert model(x).grad_fn.name().startswith("Expand" if folding is not False else "Conv")
+    model.append(models.Bottleneck(16, 4, groups=2))
+    assert resfuse.explain(resfuse.fuse(model)).blocks[1].convolutions == "tiles"
     model.double()
     assert "float64" in resfuse.explain(model).blocks[0].convolutions
     resfuse.unfuse(model)
@@ -172,3 +174,13 @@ def test_explain_says_what_of_the_other_families_runs_stock():
             ("vgg16_bn", {"VGGFeatures"}),
         ):
             assert left(models.get_model(name)) == {kind: f"resfuse has no fused {kind}" for kind in kinds}
+
+
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+def test_explain_says_why_a_grouped_convolution_stays_torchs(monkeypatch):
+    monkeypatch.setattr(backends, "_TILE_GROUP_CHANNELS", {torch.float32: 3})
+    model = nn.Sequential(*(models.Bottleneck(16, 4, groups=g, base_width=64 * 3 // g) for g in (4, 6)))
+    first, second = resfuse.explain(resfuse.fuse(model)).blocks
+    assert model[1].conv2.weight.shape[1] == 2
+    assert first.convolutions == "tiles"
+    assert second.convolutions == "torch: torch is faster below 3 channels per group in torch.float32, here 2"
