@@ -146,10 +146,10 @@ struct Slabs {
   int64_t pixels;  // per slab; the last one of a channels_last activation may be shorter
   int64_t tile;    // pixels per tile
 
-  Slabs(const Geometry& g, int64_t element_size) {
+  Slabs(const Geometry& g, int64_t element_size, int64_t tile_bytes = kTileBytes) {
     const int64_t row_bytes = (g.channels_last ? g.channels : 1) * element_size;
     const int64_t repeat = g.channels_last ? pixels_per_row(g.channels) : kPlaneLanes;
-    tile = repeat * std::clamp<int64_t>(kTileBytes / (row_bytes * repeat), 8, kTileRows);
+    tile = repeat * std::clamp<int64_t>(tile_bytes / (row_bytes * repeat), 8, kTileRows);
     // Merging reads a slab's sums once, so a slab of at least kSlabRows pixels makes it a small part of the work.
     const int64_t wanted =
         std::clamp<int64_t>(std::min(g.numel() / kGrainElements, g.rows() / kSlabRows), 1, kMaxSlabs);
