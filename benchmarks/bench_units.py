@@ -1,7 +1,10 @@
 """Units on ResNet-50's activations: time, bandwidth from a stated byte count beside a copy's, and stock torch's time.
 
 Every result is first checked against float64; a wrong one is not timed. Ours, stock torch and the copy are sampled in
-turn, all channels_last. Appends to benchmarks/results/units.jsonl, which holds CPUs: a GPU's rows need --output.
+turn, all channels_last, all into memory that is mapped: the copy's target exists, and the allocator keeps what outputs
+free, where it can be told so. In fresh memory page faults cost more than the pass, and a copy there is no measure of
+bandwidth; bench_models.py has them. Appends to benchmarks/results/units.jsonl, which holds CPUs: a GPU's rows need
+--output.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from resfuse import BatchNorm2dParameters, functional, models, ops, reference
 from resfuse.bench.environment import native_environment
+from resfuse.bench.memory import keep_freed_memory
 from resfuse.bench.parity import FACTOR, FLOOR, relative_l2
 from resfuse.bench.records import append
 from resfuse.bench.shapes import batch_norm_shapes
@@ -269,6 +273,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="side of the network's input")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--only", nargs="+", metavar="UNIT", help="these units' rows alone; the results keep the others"
+    )
     parser.add_argument("--all-shapes", action="store_true", help="every distinct shape, not one a map size")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="small and few; the report leaves such records out")
@@ -277,14 +284,17 @@ def main() -> None:
     if options.quick:
         options.batch, options.size, options.rounds = 2, 64, 3
     where = native_environment(options.dtypes, options.device)
+    memory = "kept" if options.device == "cuda" or keep_freed_memory() else "fresh"  # torch keeps a GPU's
     print(f"{'unit':17} {'residual':9} {'dtype':9} {'shape':>15} {'ms (p20-p80)':>22}".ljust(82)
           + f"{'GB/s':>7} {'of copy':>8} {'stock ms':>9} speed-up")  # fmt: skip
     for shape in shapes(options.batch, options.size, options.all_shapes):
         for name in options.dtypes:
             inputs = Inputs(shape, getattr(torch, name), options.device)
-            fixed = {"suite": "units", "quick": options.quick, "environment": where, "backend": "native",
-                     "layout": "channels_last", "dtype": name, "shape": list(shape)}  # fmt: skip
+            fixed = {"suite": "units", "quick": options.quick, "environment": where, "memory": memory,
+                     "backend": "native", "layout": "channels_last", "dtype": name, "shape": list(shape)}  # fmt: skip
             for case in cases(inputs):
+                if options.only is not None and case.unit not in options.only:
+                    continue
                 check(case, inputs)
                 record = {**fixed, **measure(case, inputs, options.rounds)}
                 append(options.output, record)

@@ -46,8 +46,9 @@ def render(models: list[Record], units: list[Record]) -> str:
         parts += [_speed_table(timed), _caption(timed, _SPEED_NOTE)]
     if models:
         parts += [_memory_table(models), _caption(models, _MEMORY_NOTE)]
-    if units:
-        parts += [_units_table(units), _caption(units, _UNITS_NOTE)]
+    for memory, note in _OUTPUTS.items():
+        if alike := [record for record in units if record.get("memory", "fresh") == memory]:
+            parts += [_units_table(alike), _caption(alike, f"{_UNITS_NOTE} {note}")]
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
@@ -143,6 +144,11 @@ _UNITS_NOTE = (
     "`dst.copy_(src)` reached in the same rounds: median over the shapes, and the range. `to stock` is the geometric "
     "mean of the speed-ups over stock torch operators, and the range; below 1x is slower."
 )
+_OUTPUTS = {
+    "kept": "Outputs, stock's too, go to mapped memory that the allocator keeps, as the copy does: no page faults.",
+    "fresh": "Outputs go to fresh memory and pay page faults, up to as much as the pass itself; the copy's target is "
+    "mapped.",
+}
 
 
 def _units_table(records: list[Record]) -> str:

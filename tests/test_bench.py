@@ -13,7 +13,7 @@ from torch import nn
 from resfuse import fuse, models, ops
 from resfuse.bench import convolutions, parity
 from resfuse.bench.environment import describe, environment, native_environment
-from resfuse.bench.memory import model_tensors, peak_resident_bytes, saved_memory
+from resfuse.bench.memory import keep_freed_memory, model_tensors, peak_resident_bytes, saved_memory
 from resfuse.bench.records import append, read
 from resfuse.bench.shapes import batch_norm_shapes, conv_shapes
 from resfuse.bench.timing import calls_for, compare, interleave, milliseconds, quantile, summarise
@@ -119,6 +119,26 @@ def test_peak_memory_is_the_processs_own():
     code += "print(p() - a)"
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout)
     assert 2**27 <= grown <= 2**28
+
+
+def page_faults_of_fresh_tensors(keep):
+    code = "import resource, torch; from resfuse.bench.memory import keep_freed_memory as k; "
+    code += (
+        f"kept = {keep} and k(); torch.ones(2**24); n = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; "
+    )
+    code += "a = n(); torch.ones(2**24); print(kept, n() - a)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    kept, faults = run.stdout.split()
+    return kept == "True", int(faults)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults as Linux does")
+def test_kept_memory_has_no_page_faults():
+    kept, faults = page_faults_of_fresh_tensors(True)
+    if not kept:
+        assert keep_freed_memory() is False
+        return
+    assert faults < 100 < page_faults_of_fresh_tensors(False)[1]
 
 
 def test_shapes_of_a_network():

@@ -106,6 +106,17 @@ def test_a_run_of_part_of_the_table_keeps_the_other_rows():
     assert "| add_relu |  | float32 | 20 | 80% (80% to 80%) |" in text
 
 
+def test_report_says_where_outputs_went():
+    report = load_script("report")
+    fresh, kept = (unit_record([1, 2, 3, 3], None, unit=unit) for unit in ("moments", "add_relu"))
+    kept["memory"] = "kept"
+    only_fresh, both = report.render([], [fresh]), report.render([], [fresh, kept])
+    assert "Outputs go to fresh memory" in only_fresh and "the allocator keeps" not in only_fresh
+    tables = [part for part in both.split("\n\n") if part.startswith("| unit")]
+    assert ["add_relu" in table for table in tables] == [True, False]
+    assert both.index("the allocator keeps") < both.index("moments") < both.index("Outputs go to fresh memory")
+
+
 def test_report_check_says_whether_the_tables_are_stale(tmp_path, capsys):
     report = load_script("report")
     readme, results = tmp_path / "README.md", tmp_path / "results"

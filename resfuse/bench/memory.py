@@ -1,7 +1,9 @@
-"""Memory: the bytes autograd keeps between a forward and its backward, and a process's peak."""
+"""Memory: the bytes autograd keeps between a forward and its backward, a process's peak, and what is freed."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +51,24 @@ def saved_memory(forward: Callable[[], Tensor], excluded: Iterable[Tensor] = ())
 def model_tensors(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers: what exists whether or not a step is taken."""
     return [*model.parameters(), *model.buffers()]
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Let the C allocator keep what is freed for the tensors that follow, from here on: nobody pays page faults again.
+
+    glibc gives large blocks back to the operating system, so every fresh large tensor is unmapped memory, whose first
+    touch costs more than a pass over it. jemalloc and tcmalloc keep such blocks.
+
+    Returns:
+        bool: whether this allocator can be told so (glibc's can).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def peak_resident_bytes() -> int:
