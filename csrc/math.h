@@ -121,10 +121,12 @@ RESFUSE_INLINE A relu_gradient(A grad, A z) {
 
 // Chan, Golub, LeVeque (1979): the moments of a union, from the mean and the sum of squared deviations (m2) of both
 // parts; `share` is the second part's fraction of the count. Never E[x^2] - E[x]^2, which cancels where |mean| >> std.
+// A mean of Inf stays that, as a sum's does: +Inf and -Inf alone make a NaN.
 template <class A>
 RESFUSE_INLINE void merge_moments(A* mean, A* m2, A count, A share, A other_mean, A other_m2) {
   const A delta = other_mean - *mean;
-  *mean += delta * share;
+  const bool finite = delta - delta == A(0);
+  *mean += finite ? delta * share : other_mean;
   *m2 += other_m2 + delta * delta * count * share;
 }
 
