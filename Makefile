@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 COMPILER := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
+NATIVE := $(if $(COMPILER),$(RESFUSE_NATIVE),0)
+# what the build depends on beside its sources: another value builds again
+SETTINGS := CXX=$(COMPILER) RESFUSE_NATIVE=$(NATIVE) RESFUSE_CUDA=$(RESFUSE_CUDA) CUDA_HOME=$(CUDA_HOME) \
+	TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
 # torch before everything else: the build needs it, and no build isolation may fetch another one
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test venv bench gpu-check lint clean
+.PHONY: demo test venv bench gpu-check lint clean always
 
 demo: venv
 	$(BIN)/python -m resfuse demo
@@ -37,9 +41,17 @@ venv: .venv/installed
 	$(PIP) install -r requirements.txt
 	touch $@
 
-.venv/installed: .venv/requirements $(SOURCES)
+# written only where it differs, so that its date is that of the last change
+.venv/settings: always
+	@mkdir -p .venv
+	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+
+.venv/installed: .venv/requirements .venv/settings $(SOURCES)
+	rm -f resfuse/*.so
 ifeq ($(COMPILER),)
 	@echo "no C++ compiler found: resfuse is installed without its native kernels and runs on the reference backend"
+endif
+ifeq ($(NATIVE),0)
 	RESFUSE_NATIVE=0 $(PIP) install --no-build-isolation --no-deps -e .
 else
 	CXX="$(COMPILER)" $(PIP) install --no-build-isolation --no-deps -e .

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,50 @@ def test_missing_compiler_is_one_clear_line(tmp_path):
     assert result.returncode != 0
     assert result.stderr.splitlines()[-1] == "resfuse needs a C++17 compiler, and no-such-compiler is not found"
     assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def make_venv(tmp_path):
+    """Runs `make venv` of a copy of the tree with these settings and pip only named; what it said of the last install.
+
+    Compilers are what the test puts into the folder `tools`.
+    """
+    for name in ("Makefile", "setup.py", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("csrc", "resfuse", "tools", ".venv"):
+        (tmp_path / folder).mkdir()
+    for tool in ("sh", "make", "mkdir", "rm", "touch", "cmp", "find", "grep", "true"):
+        (tmp_path / "tools" / tool).symlink_to(shutil.which(tool))
+
+    def run(**settings):
+        command = [shutil.which("make"), "--no-print-directory", "venv", "PYTHON=true", "PIP=: pip"]
+        environment = {"PATH": str(tmp_path / "tools"), **settings}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return "\n".join(line for line in result.stdout.splitlines() if "isolation" in line or "compiler" in line)
+
+    return run
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_builds_again_where_a_setting_changed(make_venv, tmp_path):
+    library = tmp_path / "resfuse" / "_C.abi3.so"
+    compilers = {name: tmp_path / "tools" / name for name in ("c++", "other")}
+    assert "no C++ compiler found" in make_venv() and make_venv() == "", "a second run does nothing"
+    for path in compilers.values():
+        path.write_text("#!/bin/sh")
+        path.chmod(0o755)
+    assert f'CXX="{compilers["c++"]}" : pip install' in make_venv(), "a compiler that appears is used"
+    assert make_venv() == ""
+    library.touch()
+    assert make_venv(RESFUSE_NATIVE="0").startswith("RESFUSE_NATIVE=0 : pip install")
+    assert not library.exists(), "without native kernels the old ones must go"
+    assert make_venv(RESFUSE_NATIVE="0") == ""
+    assert make_venv().startswith("CXX=") and make_venv() == ""
+    assert f'CXX="{compilers["other"]}"' in make_venv(CXX="other") and make_venv(CXX="other") == ""
+    assert make_venv(CXX="other", RESFUSE_CUDA="1") != "" and make_venv(CXX="other", CUDA_HOME="/cuda") != ""
+    (tmp_path / "csrc" / "new.cpp").touch()
+    assert make_venv(CXX="other", CUDA_HOME="/cuda") != "" and make_venv(CXX="other", CUDA_HOME="/cuda") == ""
 
 
 def test_cpu_library_needs_stable_symbols_only():
