@@ -157,6 +157,18 @@ def test_the_selection_is_stocks(channels, dtype, layout, window):
     assert indices.stride() == out.stride() == expected.stride()
 
 
+@DENSE
+def test_values_are_rounded_to_float16_as_a_store_rounds(layout):
+    """Every half, times scales that make ties, subnormals and overflows: the pool sees what scale_shift_act writes."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).view(1, 1, 256, 256)
+    scale = torch.tensor([1.0, 0.5, 2**-10, 2**-13, 1 + 2**-11, 2 - 2**-12, 0.3, 97.0, -1.0, 3e-7])
+    x = laid_out(x.expand(1, len(scale), 256, 256), layout)
+    out, _ = ops.scale_shift_relu_maxpool(x, scale, torch.zeros_like(scale), [1, 1], [1, 1], [0, 0])
+    expected = F.relu(x.float() * scale[:, None, None]).half()
+    assert expected.isinf().any() and ((expected > 0) & (expected < 2**-14)).any()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @TRAIN_EVAL
 @EVERY_DTYPE
 @DENSE
