@@ -6,17 +6,12 @@
 // Grid: threads stride over vectors of 16 bytes, kUnroll of each argument in flight; the first threads take the
 // elements behind the last whole vector. Limits: an argument that is not aligned to 16 bytes makes a vector one
 // element.
+// registers: flat_map_kernel <= 64
 #include "launch.cuh"
 
 namespace resfuse::cuda {
 
-constexpr int kVectorBytes = 16;
 constexpr int kUnroll = 2;
-
-template <class T, int kWidth>
-struct alignas(kWidth * sizeof(T)) Vector {
-  T values[kWidth];
-};
 
 struct AddReLU {
   template <class T>
@@ -34,7 +29,7 @@ struct AddReLUBackward {
 
 template <class Op, class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    map_kernel(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out, int64_t size) {
+    flat_map_kernel(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out, int64_t size) {
   using V = Vector<T, kWidth>;
   static_assert(sizeof(V) <= kVectorBytes && kWidth <= kThreads, "one access, and one block covers the tail");
   const V* va = reinterpret_cast<const V*>(a);
@@ -65,10 +60,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (tail < size) Op::apply(a[tail], b[tail], out + tail);
 }
 
-inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
-
 template <class Op>
-Tensor map(const char* name, const Tensor& a, const Tensor& b) {
+Tensor flat_map(const char* name, const Tensor& a, const Tensor& b) {
   Tensor out = torch::stable::empty_like(a);
   const int64_t size = a.numel();
   if (size == 0) return out;
@@ -77,22 +70,22 @@ Tensor map(const char* name, const Tensor& a, const Tensor& b) {
     constexpr int kWidth = kVectorBytes / sizeof(T);
     const T *pa = input_pointer<T>(a), *pb = input_pointer<T>(b);
     T* po = output_pointer<T>(out);
-    if (is_aligned(pa) && is_aligned(pb) && is_aligned(po))
-      launch(name, map_kernel<Op, T, kWidth>, grid_size((size + kWidth - 1) / kWidth, a), a, pa, pb, po, size);
+    if (is_aligned({pa, pb, po}))
+      launch(name, flat_map_kernel<Op, T, kWidth>, grid_size((size + kWidth - 1) / kWidth, a), 0, a, pa, pb, po, size);
     else
-      launch(name, map_kernel<Op, T, 1>, grid_size(size, a), a, pa, pb, po, size);
+      launch(name, flat_map_kernel<Op, T, 1>, grid_size(size, a), 0, a, pa, pb, po, size);
   });
   return out;
 }
 
 Tensor add_relu(const Tensor& x, const Tensor& residual) {
   check_flat(x, residual, "residual");
-  return map<AddReLU>("add_relu", x, residual);
+  return flat_map<AddReLU>("add_relu", x, residual);
 }
 
 Tensor add_relu_backward(const Tensor& grad_out, const Tensor& out) {
   check_flat(out, grad_out, "grad_out");
-  return map<AddReLUBackward>("add_relu_backward", grad_out, out);
+  return flat_map<AddReLUBackward>("add_relu_backward", grad_out, out);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CUDA, m) {
