@@ -5,7 +5,7 @@
 // The first maximum wins, the last NaN wins over everything, and padding never wins.
 #include <limits>
 
-#include "pool_windows.h"
+#include "../pool_windows.h"
 #include "walk.h"
 
 namespace resfuse::cpu {
@@ -164,10 +164,7 @@ struct Forward {
 };
 
 Tensor new_pooled(const Tensor& x, const Geometry& g, const Windows& windows, ScalarType dtype) {
-  using torch::headeronly::MemoryFormat;
-  Tensor out = torch::stable::empty({g.batch, g.channels, windows.vertical.count(), windows.horizontal.count()}, dtype,
-                                    std::nullopt, x.device(), std::nullopt,
-                                    g.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor out = empty_pooled(x, g, windows, dtype);
   advise_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
   return out;
 }

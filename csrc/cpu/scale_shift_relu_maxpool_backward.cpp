@@ -4,7 +4,7 @@
 // at the windows that cover it, in order, so no two threads meet. dz is masked by the recomputed pre-activation.
 //   reduce: sum dz, sum dz*(x - mean).
 //   apply:  grad_x = dz*scale + grad_mean/M + 2*grad_var/M*(x - mean), the last two where scale came from x's moments.
-#include "pool_windows.h"
+#include "../pool_windows.h"
 #include "walk.h"
 
 namespace resfuse::cpu {
@@ -129,18 +129,6 @@ RESFUSE_CLONES void pooled_apply_loop(const acc_t<T>* dz, const T* x, T* grad_x,
     if constexpr (kMoments) grad += constant[j] + slope[j] * (value - mean[j]);
     store(grad_x + j, grad);
   }
-}
-
-void check_pooled(const Tensor& pooled, const Tensor& x, const Geometry& g, const Windows& windows, ScalarType dtype,
-                  const char* name) {
-  STD_TORCH_CHECK(pooled.scalar_type() == dtype && pooled.device() == x.device(), "resfuse: ", name,
-                  " has the wrong dtype or device");
-  STD_TORCH_CHECK(pooled.dim() == 4 && pooled.size(0) == g.batch && pooled.size(1) == g.channels &&
-                      pooled.size(2) == windows.vertical.count() && pooled.size(3) == windows.horizontal.count(),
-                  "resfuse: ", name, " must have the pooled shape");
-  STD_TORCH_CHECK(pooled.numel() == 0 ||
-                      (g.channels_last ? dense_in_order(pooled, {1, 3, 2, 0}) : dense_in_order(pooled, {3, 2, 1, 0})),
-                  "resfuse: ", name, " must have x's memory order");
 }
 
 Tensor scale_shift_relu_maxpool_backward_reduce(const Tensor& grad_out, const Tensor& indices, const Tensor& x,

@@ -75,6 +75,9 @@ void dispatch_width(const Geometry& g, std::initializer_list<const void*> pointe
   f(std::integral_constant<int, 1>{});
 }
 
+// From a channel's first element to the next one's.
+inline int64_t channel_stride(const Geometry& g) { return g.channels_last ? 1 : g.pixels; }
+
 // How an operator walks over an activation: as many blocks as run at once.
 template <class Op>
 Walk walk_of(const Geometry& g, int width, const Tensor& x) {
@@ -92,25 +95,14 @@ void map(const char* name, const Op& op, const Geometry& g, const Tensor& x) {
   launch(name, map_kernel<Op, kWidth>, grid_of(walk), sizeof(MapMemory<Op, kWidth>), x, op, walk);
 }
 
-template <class R>
-struct InDouble;
-template <class A, int kTerms>
-struct InDouble<Sums<A, kTerms>> {
-  using type = Sums<double, kTerms>;
-};
-template <class A>
-struct InDouble<Moments<A>> {
-  using type = Moments<double>;
-};
-
 // Run an operator over an activation that is not empty, and reduce: out has the reduction's values, each (C,).
 template <int kWidth, class Op, class A, int kValues>
 void reduce(const char* name, const Op& op, const Geometry& g, const Tensor& x, const Outputs<A, kValues>& out) {
-  using R = typename InDouble<typename Op::Reduction>::type;
+  using R = typename Op::Reduction::Total;
   static_assert(kValues == R::kValues, "one output for each value");
   const Walk walk = walk_of<Op>(g, kWidth, x);
-  const Tensor scratch = torch::stable::new_empty(x, {walk.slabs, kValues, g.channels}, accumulate_dtype(x));
-  A* partials = output_pointer<A>(scratch);
+  const Tensor scratch = torch::stable::new_empty(x, {walk.slabs, kValues, g.channels}, ScalarType::Double);
+  double* partials = output_pointer<double>(scratch);
   launch(name, reduce_kernel<Op, kWidth>, grid_of(walk), sizeof(ReduceMemory<Op, kWidth>), x, op, walk, partials);
   const dim3 blocks(static_cast<unsigned>((g.channels + kMergeLanes - 1) / kMergeLanes));
   launch(name, merge_kernel<R, A>, blocks, sizeof(Exchange<R, 1>), x, partials, out, walk, g.channels);

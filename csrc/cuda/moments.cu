@@ -12,15 +12,17 @@
 
 namespace resfuse::cuda {
 
+// coefficients: pivot
 template <class T>
-struct MomentsOf : Operator<T, 1, 0, 0, 1> {
-  using Reduction = Moments<acc_t<T>>;
-  int64_t channels;
+struct MomentsOf : Operator<T, 1, 0, 1, 1> {
+  using A = acc_t<T>;
+  using Reduction = Moments<A>;
+  int64_t channels, channel_stride;
 
-  __device__ acc_t<T> vector(int, int64_t) const { return 0; }
+  __device__ A vector(int, int64_t c) const { return pivot_of(load(this->in[0][c * channel_stride])); }
   template <class C, class I>
-  __device__ void apply(const C&, const I& in, int j, T*, acc_t<T>* terms) const {
-    terms[0] = in.get(0, j);
+  __device__ void apply(const C& c, const I& in, int j, T*, A* terms) const {
+    terms[0] = in.get(0, j) - c[0];
   }
 };
 
@@ -53,7 +55,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x) {
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const MomentsOf<T> op{{{input_pointer<T>(x)}, {}}, g.channels};
+    const MomentsOf<T> op{{{input_pointer<T>(x)}, {}}, g.channels, channel_stride(g)};
     const Outputs<A, 2> out{{output_pointer<A>(mean), output_pointer<A>(var)}};
     dispatch_width<T>(g, {op.in[0]}, [&](auto width) { reduce<width()>("moments", op, g, x, out); });
   });

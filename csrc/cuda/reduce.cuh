@@ -2,8 +2,9 @@
 //
 // First launch: a thread reduces its column in registers, batch by batch; the rows of a block are merged as a tree,
 // through shared memory down to one warp and by shuffles within it; each block writes one partial result per channel.
-// Second launch: a few threads for each channel merge the partial results in double, then each other's as such a tree.
-// The split depends on the shape and on the number of multiprocessors, never on who comes first: no atomics.
+// Second launch: a few threads for each channel merge the partial results, then each other's as such a tree.
+// What a thread adds up has the activation's accumulation type; from then on everything is double. The split depends on
+// the shape and on the number of multiprocessors, never on who comes first: no atomics.
 #pragma once
 
 #include "walk.cuh"
@@ -13,22 +14,25 @@ namespace resfuse::cuda {
 constexpr int kMergeLanes = 8;  // channels that a block of the second launch takes
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// A batch of values within a thread's reduction: how many, and their share of all so far.
+// A batch of values within a thread's reduction: how many, beside those before.
 template <class A>
 struct Batch {
   int valid;
-  A before, inverse, share;
+  A inverse, before, before_inverse, share;
 
-  __device__ __forceinline__ Batch(int valid, int64_t before)
+  __device__ __forceinline__ Batch(int valid, int64_t count)
       : valid(valid),
-        before(static_cast<A>(before)),
         inverse(A(1) / static_cast<A>(valid)),
-        share(static_cast<A>(valid) / static_cast<A>(before + valid)) {}
+        before(static_cast<A>(count)),
+        before_inverse(count > 0 ? A(1) / before : A(0)),
+        share(static_cast<A>(valid) / static_cast<A>(count + valid)) {}
 };
 
 template <class A, int kTerms>
 struct Sums {
+  using Total = Sums<double, kTerms>;
   static constexpr int kValues = kTerms;
+  static constexpr bool kPivoted = false;
   A values[kValues];
 
   // add the terms of one element in each step of a batch
@@ -42,17 +46,27 @@ struct Sums {
       values[s] += sum;
     }
   }
-  __device__ __forceinline__ void merge(const Sums& other, A, A) {
+  __device__ __forceinline__ Total total(int64_t, double) const {
+    Total total;
+#pragma unroll
+    for (int s = 0; s < kTerms; ++s) total.values[s] = values[s];
+    return total;
+  }
+  __device__ __forceinline__ void merge(const Sums& other, int64_t, int64_t) {
 #pragma unroll
     for (int s = 0; s < kTerms; ++s) values[s] += other.values[s];
   }
   __device__ __forceinline__ void finish(int64_t) {}
 };
 
-// The mean and the sum of squared deviations, which finish makes the biased variance.
+// The sum and the sum of squared deviations from the mean; finish makes them mean and biased variance. A thread's terms
+// are deviations from a pivot, a value of the channel, so that no digits are lost where |mean| >> std. Kept is the sum,
+// not the mean, for the sake of an infinite value: added to others it stays what it is.
 template <class A>
 struct Moments {
+  using Total = Moments<double>;
   static constexpr int kValues = 2;
+  static constexpr bool kPivoted = true;
   A values[kValues];
 
   template <int kUnroll, int kSize>
@@ -66,16 +80,34 @@ struct Moments {
       const A deviation = u < batch.valid ? terms[u][0] - mean : A(0);
       m2 += deviation * deviation;
     }
-    merge_moments(&values[0], &values[1], batch.before, batch.share, mean, m2);
+    A mean_before = values[0] * batch.before_inverse;
+    merge_moments(&mean_before, &values[1], batch.before, batch.share, mean, m2);
+    values[0] += sum;
   }
-  __device__ __forceinline__ void merge(const Moments& other, A count, A share) {
-    merge_moments(&values[0], &values[1], count, share, other.values[0], other.values[1]);
+  __device__ __forceinline__ Total total(int64_t count, double pivot) const {
+    return {{values[0] + static_cast<double>(count) * pivot, static_cast<double>(values[1])}};
   }
-  __device__ __forceinline__ void finish(int64_t count) { values[1] /= static_cast<A>(count); }
+  __device__ __forceinline__ void merge(const Moments& other, int64_t count, int64_t other_count) {
+    if (other_count == 0) return;
+    const A n = static_cast<A>(count), m = static_cast<A>(other_count);
+    A mean = count > 0 ? values[0] / n : A(0);
+    merge_moments(&mean, &values[1], n, m / (n + m), other.values[0] / m, other.values[1]);
+    values[0] += other.values[0];
+  }
+  __device__ __forceinline__ void finish(int64_t count) {
+    values[0] /= static_cast<A>(count);
+    values[1] /= static_cast<A>(count);
+  }
 };
 
+// The pivot of a channel with this value: 0 stands in for Inf and NaN, which then reach the sums as they are.
+template <class A>
+__device__ __forceinline__ A pivot_of(A value) {
+  return value - value == A(0) ? value : A(0);
+}
+
 // What a thread has reduced: kWidth results of `count` values each.
-template <class R, class A, int kWidth>
+template <class R, int kWidth>
 struct Part {
   R results[kWidth];
   int64_t count;
@@ -87,14 +119,12 @@ struct Part {
       for (int v = 0; v < R::kValues; ++v) results[j].values[v] = 0;
   }
 
-  // merge `count` values whose results are other(j)
+  // merge `other_count` values whose results are other(j)
   template <class F>
   __device__ __forceinline__ void merge(int64_t other_count, const F& other) {
-    const int64_t total = count + other_count;
-    const A share = total > 0 ? static_cast<A>(other_count) / static_cast<A>(total) : A(0);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) results[j].merge(other(j), static_cast<A>(count), share);
-    count = total;
+    for (int j = 0; j < kWidth; ++j) results[j].merge(other(j), count, other_count);
+    count += other_count;
   }
 };
 
@@ -106,8 +136,8 @@ struct Exchange {
 };
 
 // Merge the rows of a block, each `lanes` threads wide: afterwards the first `lanes` threads hold everything.
-template <class R, class A, int kWidth>
-__device__ __forceinline__ void merge_rows(Part<R, A, kWidth>& part, int lanes, Exchange<R, kWidth>& exchange) {
+template <class R, int kWidth>
+__device__ __forceinline__ void merge_rows(Part<R, kWidth>& part, int lanes, Exchange<R, kWidth>& exchange) {
   const int thread = threadIdx.x;
 #pragma unroll
   for (int half = kThreads / 2; half >= kWarp; half /= 2) {
@@ -139,27 +169,34 @@ template <class Op, int kWidth>
 struct ReduceMemory {
   using A = acc_t<typename Op::Storage>;
   Staged<A, Op::kVectors, kWidth> staged;
-  Exchange<typename Op::Reduction, kWidth> exchange;
+  Exchange<typename Op::Reduction::Total, kWidth> exchange;
 };
 
 // The first launch: partials[slab][value][channel].
 template <class Op, int kWidth>
-__global__ void __launch_bounds__(kThreads, Op::kBlocks)
-    reduce_kernel(const Op op, const Walk walk, acc_t<typename Op::Storage>* partials) {
+__global__ void __launch_bounds__(kThreads, Op::kBlocks) reduce_kernel(const Op op, const Walk walk, double* partials) {
   using A = acc_t<typename Op::Storage>;
   using R = typename Op::Reduction;
+  using Total = typename R::Total;
   auto& memory = shared_memory<ReduceMemory<Op, kWidth>>();
   memory.staged.fill(op, walk);
-  Part<R, A, kWidth> part;
+  Part<R, kWidth> own;
   for_each_step<Op, kWidth>(op, walk, memory.staged, [&](int j, const auto& terms, int valid) {
-    part.results[j].add(terms, Batch<A>(valid, part.count));
-    if (j == kWidth - 1) part.count += valid;
+    own.results[j].add(terms, Batch<A>(valid, own.count));
+    if (j == kWidth - 1) own.count += valid;
   });
+  const Position at(walk);
+  Part<Total, kWidth> part;
+  part.count = own.count;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    const A pivot = R::kPivoted ? memory.staged.values[Op::kVectors - R::kPivoted][j][at.lane] : A(0);
+    part.results[j] = own.results[j].total(own.count, pivot);
+  }
   merge_rows(part, walk.lanes, memory.exchange);
 
-  const Position at(walk);
   if (at.row > 0 || at.column >= walk.columns) return;
-  A* partial = partials + int64_t{blockIdx.y} * R::kValues * op.channels;
+  double* partial = partials + int64_t{blockIdx.y} * R::kValues * op.channels;
   if (walk.channels_last) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
@@ -168,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
         partial[v * op.channels + walk.channel(at.column, j)] = part.results[j].values[v];
     return;
   }
-  Part<R, A, 1> whole;  // of one channel
+  Part<Total, 1> whole;  // of one channel
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) whole.merge(part.count, [&](int) { return part.results[j]; });
 #pragma unroll
@@ -183,11 +220,11 @@ struct Outputs {
 // The second launch: R is the reduction in double.
 template <class R, class A>
 __global__ void __launch_bounds__(kThreads, kLargeBlocksPerProcessor)
-    merge_kernel(const A* partials, const Outputs<A, R::kValues> out, const Walk walk, int64_t channels) {
+    merge_kernel(const double* partials, const Outputs<A, R::kValues> out, const Walk walk, int64_t channels) {
   auto& exchange = shared_memory<Exchange<R, 1>>();
   const int lane = threadIdx.x % kMergeLanes, row = threadIdx.x / kMergeLanes;
   const int64_t channel = int64_t{blockIdx.x} * kMergeLanes + lane;
-  Part<R, double, 1> part;
+  Part<R, 1> part;
   if (channel < channels)
 #pragma unroll 4  // loads in flight
     for (int64_t slab = row; slab < walk.slabs; slab += kThreads / kMergeLanes) {

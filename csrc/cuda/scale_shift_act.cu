@@ -14,26 +14,36 @@ namespace resfuse::cuda {
 
 enum class Residual { kNone, kIdentity, kRaw };
 
-// coefficients: scale, shift, residual_scale, residual_shift
+// coefficients: scale, shift, residual_scale and residual_shift of a raw residual, and with moments a pivot
 template <class T, Residual kResidual, bool kMoments>
 struct ScaleShiftAct
-    : Operator<T, kResidual == Residual::kNone ? 1 : 2, 1, kResidual == Residual::kRaw ? 4 : 2, kMoments> {
+    : Operator<T, kResidual == Residual::kNone ? 1 : 2, 1, (kResidual == Residual::kRaw ? 4 : 2) + kMoments, kMoments> {
   using A = acc_t<T>;
   using Reduction = Moments<A>;
   const A *scale, *shift, *residual_scale, *residual_shift;
   A floor;
-  int64_t channels;
+  int64_t channels, channel_stride;
 
-  __device__ A vector(int k, int64_t c) const {
+  __device__ A affine(int k, int64_t c) const {
     return k == 0 ? scale[c] : k == 1 ? shift[c] : k == 2 ? residual_scale[c] : residual_shift[c];
+  }
+  __device__ A vector(int k, int64_t c) const {
+    if (!kMoments || k < ScaleShiftAct::kVectors - 1) return affine(k, c);
+    const int64_t first = c * channel_stride;
+    const A residual = kResidual == Residual::kNone ? A(0) : load(this->in[ScaleShiftAct::kInputs - 1][first]);
+    return pivot_of(round_to<T>(act(load(this->in[0][first]), residual, [&](int i) { return affine(i, c); })));
+  }
+  template <class C>
+  __device__ A act(A x, A residual, const C& c) const {
+    A z = x * c(0) + c(1);
+    if constexpr (kResidual == Residual::kIdentity) z += residual;
+    if constexpr (kResidual == Residual::kRaw) z += residual * c(2) + c(3);
+    return clamp_below(z, floor);
   }
   template <class C, class I>
   __device__ void apply(const C& c, const I& in, int j, T* out, A* terms) const {
-    A z = in.get(0, j) * c[0] + c[1];
-    if constexpr (kResidual == Residual::kIdentity) z += in.get(1, j);
-    if constexpr (kResidual == Residual::kRaw) z += in.get(1, j) * c[2] + c[3];
-    store(out, clamp_below(z, floor));
-    if constexpr (kMoments) terms[0] = load(*out);
+    store(out, act(in.get(0, j), in.get(ScaleShiftAct::kInputs - 1, j), [&](int k) { return c[k]; }));
+    if constexpr (kMoments) terms[0] = load(*out) - c[ScaleShiftAct::kVectors - 1];
   }
 };
 
@@ -68,11 +78,13 @@ void run_scale_shift_act(const char* name, const Tensor& x, const Tensor& out, c
       });
     };
     if (pr == nullptr)
-      go(ScaleShiftAct<T, Residual::kNone, kMoments>{{{px}, {po}}, s, t, sr, tr, floor, g.channels});
+      go(ScaleShiftAct<T, Residual::kNone, kMoments>{{{px}, {po}}, s, t, sr, tr, floor, g.channels, channel_stride(g)});
     else if (sr == nullptr)
-      go(ScaleShiftAct<T, Residual::kIdentity, kMoments>{{{px, pr}, {po}}, s, t, sr, tr, floor, g.channels});
+      go(ScaleShiftAct<T, Residual::kIdentity, kMoments>{
+          {{px, pr}, {po}}, s, t, sr, tr, floor, g.channels, channel_stride(g)});
     else
-      go(ScaleShiftAct<T, Residual::kRaw, kMoments>{{{px, pr}, {po}}, s, t, sr, tr, floor, g.channels});
+      go(ScaleShiftAct<T, Residual::kRaw, kMoments>{
+          {{px, pr}, {po}}, s, t, sr, tr, floor, g.channels, channel_stride(g)});
   });
 }
 
