@@ -24,12 +24,14 @@ from resfuse.bench.environment import native_environment
 from resfuse.bench.memory import keep_freed_memory
 from resfuse.bench.parity import FACTOR, FLOOR, relative_l2
 from resfuse.bench.records import append
+from resfuse.bench.roofline import bytes_moved
 from resfuse.bench.shapes import batch_norm_shapes
 from resfuse.bench.timing import compare, interleave, milliseconds, summarise
 
 RESULTS = Path(__file__).parent / "results" / "units.jsonl"
 FORMS = ("none", "identity", "raw")
 EPS = 1e-5
+STEM_CHANNELS, STEM_POOL = 64, (3, 2, 1)
 
 
 class Inputs:
@@ -68,8 +70,7 @@ class Case:
     """One row: a unit in one form.
 
     Attributes:
-        unit, form: names.
-        passes: how often an activation is read or written, which with its size is the byte count.
+        unit, form: names, of :data:`resfuse.bench.roofline.PASSES`.
         ours: what is timed, ready to call.
         expected: the same from reference.py, for inputs of any dtype.
         stock: the same mathematics by stock torch operators, or None where stock has no such unit.
@@ -77,7 +78,6 @@ class Case:
 
     unit: str
     form: str
-    passes: int
     ours: Callable[[], Results]
     expected: Callable[[Inputs], Results]
     stock: Callable[[], Any] | None = None
@@ -86,13 +86,15 @@ class Case:
 def cases(i: Inputs) -> Iterator[Case]:
     """All rows for one set of inputs."""
     yield Case(
-        "moments", "", 1, lambda: ops.moments(i.x), lambda j: reference.moments(j.x),
+        "moments", "", lambda: ops.moments(i.x), lambda j: reference.moments(j.x),
         lambda: torch.var_mean(i.x, (0, 2, 3), correction=0),
     )  # fmt: skip
     yield Case(
-        "add_relu", "", 3, lambda: (ops.add_relu(i.x, i.residual),),
+        "add_relu", "", lambda: (ops.add_relu(i.x, i.residual),),
         lambda j: (reference.add_relu(j.x, j.residual),), lambda: torch.relu_(i.x + i.residual),
     )  # fmt: skip
+    if i.x.shape[1] == STEM_CHANNELS:
+        yield from _pool(i)
     for form in FORMS:
         yield _scale_shift_act(i, form)
         yield _reduce(i, form)
@@ -114,7 +116,7 @@ def _scale_shift_act(i: Inputs, form: str) -> Case:
 
     zero, one = torch.zeros_like(i.scale), torch.ones_like(i.scale)
     return Case(
-        "scale_shift_act", form, 2 if form == "none" else 3,
+        "scale_shift_act", form,
         lambda: (ops.scale_shift_act(i.x, *i.affine(form), True),),
         lambda j: (reference.scale_shift_act(j.x, *j.affine(form)),), stock,
     )  # fmt: skip
@@ -142,7 +144,7 @@ def _reduce(i: Inputs, form: str) -> Case:
         sums = torch.stack(centered)
         return (sums, _dz(j, form)) if form == "identity" else (sums,)
 
-    return Case("backward_reduce", form, {"none": 2, "identity": 4, "raw": 3}[form], ours, expected)
+    return Case("backward_reduce", form, ours, expected)
 
 
 def _apply(i: Inputs, form: str) -> Case:
@@ -164,7 +166,43 @@ def _apply(i: Inputs, form: str) -> Case:
         starts = [j.grad, *[j.grad_mean, j.grad_var] * len(wanted)]
         return torch.autograd.grad(ends, wanted, [start.detach() for start in starts])
 
-    return Case("backward_apply", form, 5 if form == "raw" else 3, ours, expected)
+    return Case("backward_apply", form, ours, expected)
+
+
+def _pool(i: Inputs) -> Iterator[Case]:
+    """The stem's tail, and its backward through the pixels that the forward pass has selected."""
+    out, indices = ops.scale_shift_relu_maxpool(i.x, i.scale, i.shift, *STEM_POOL)
+
+    def grad(j: Inputs) -> Tensor:
+        part = j.grad.detach()[..., : out.shape[2], : out.shape[3]]
+        return part.contiguous(memory_format=torch.channels_last)
+
+    def pooled(j: Inputs) -> Tensor:
+        return reference.scale_shift_relu_maxpool(j.x, j.scale, j.shift, *STEM_POOL)
+
+    def sums(j: Inputs) -> Results:
+        shift, scale = torch.autograd.grad(pooled(j), [j.shift, j.scale], grad(j))
+        return (torch.stack([shift, scale - j.mean * shift]),)  # the kernels sum around the mean
+
+    def grad_x(j: Inputs) -> Results:
+        starts = [grad(j), j.grad_mean.detach(), j.grad_var.detach()]
+        return torch.autograd.grad([pooled(j), *reference.moments(j.x)], [j.x], starts)
+
+    backward = (grad(i), indices, i.x, i.scale, i.shift, i.mean)
+    unit = "scale_shift_relu_maxpool"
+    yield Case(
+        unit, "", lambda: ops.scale_shift_relu_maxpool(i.x, i.scale, i.shift, *STEM_POOL)[:1],
+        lambda j: (pooled(j),),
+    )  # fmt: skip
+    yield Case(
+        f"{unit} backward_reduce", "",
+        lambda: (ops.scale_shift_relu_maxpool_backward_reduce(*backward, *STEM_POOL),), sums,
+    )  # fmt: skip
+    moments = (i.grad_mean, i.grad_var)
+    yield Case(
+        f"{unit} backward_apply", "",
+        lambda: (ops.scale_shift_relu_maxpool_backward_apply(*backward, *moments, *STEM_POOL),), grad_x,
+    )  # fmt: skip
 
 
 def _bn_act(i: Inputs, form: str) -> Iterator[Case]:
@@ -195,14 +233,13 @@ def _bn_act(i: Inputs, form: str) -> Iterator[Case]:
         return torch.autograd.grad(end, wanted(j), j.grad.detach(), retain_graph=keep)
 
     ours, theirs = i.of(i.x.dtype), i.of(i.x.dtype)
-    passes = {"none": (3, 5), "identity": (4, 7), "raw": (5, 8)}[form]
     yield Case(
-        "bn_act forward", form, passes[0], lambda: (fused(ours, functional.bn_act),),
+        "bn_act forward", form, lambda: (fused(ours, functional.bn_act),),
         lambda j: (fused(j, reference.bn_act),), lambda: stock(theirs),
     )  # fmt: skip
     our_end, their_end = fused(ours, functional.bn_act), stock(theirs)
     yield Case(
-        "bn_act backward", form, passes[1], lambda: backward(ours, our_end),
+        "bn_act backward", form, lambda: backward(ours, our_end),
         lambda j: backward(j, fused(j, reference.bn_act), False), lambda: backward(theirs, their_end),
     )  # fmt: skip
 
@@ -224,15 +261,15 @@ def measure(case: Case, i: Inputs, rounds: int) -> dict[str, Any]:
     if case.stock is not None:
         functions["stock"] = case.stock
     samples = interleave(functions, rounds=rounds, warmup=2, seconds_per_sample=0.004)
-    size = i.x.numel() * i.x.element_size()
+    moved = bytes_moved(case.unit, case.form, i.x.shape, i.x.element_size())
     bandwidth = {
-        name: passes * size / summarise(samples[name]).median / 1e9
-        for name, passes in (("resfuse", case.passes), ("copy", 2))
+        name: count / summarise(samples[name]).median / 1e9
+        for name, count in (("resfuse", moved), ("copy", 2 * i.x.numel() * i.x.element_size()))
     }
     return {
         "unit": case.unit,
         "form": case.form,
-        "bytes": case.passes * size,
+        "bytes": moved,
         "times": {name: milliseconds(values) for name, values in samples.items()},
         "gb_per_s": round(bandwidth["resfuse"], 2),
         "copy_gb_per_s": round(bandwidth["copy"], 2),
@@ -257,10 +294,10 @@ def show(record: dict[str, Any]) -> None:
         if record["over_stock"]
         else ""
     )
-    ours = times["resfuse"]
+    ours, name = times["resfuse"], record["unit"].removeprefix("scale_shift_relu_")
     print(
-        f"{record['unit']:17} {record['form']:9} {record['dtype']:9} {'x'.join(map(str, record['shape'])):>15} "
-        f"{ours['median_ms']:9.3f} ({ours['p20_ms']:.3f}-{ours['p80_ms']:.3f})".ljust(82)
+        f"{name:23} {record['form']:9} {record['dtype']:9} {'x'.join(map(str, record['shape'])):>15} "
+        f"{ours['median_ms']:9.3f} ({ours['p20_ms']:.3f}-{ours['p80_ms']:.3f})".ljust(88)
         + f"{record['gb_per_s']:7.1f} {record['share_of_copy']:8.0%} {stock}",
         flush=True,
     )
@@ -285,7 +322,7 @@ def main() -> None:
         options.batch, options.size, options.rounds = 2, 64, 3
     where = native_environment(options.dtypes, options.device)
     memory = "kept" if options.device == "cuda" or keep_freed_memory() else "fresh"  # torch keeps a GPU's
-    print(f"{'unit':17} {'residual':9} {'dtype':9} {'shape':>15} {'ms (p20-p80)':>22}".ljust(82)
+    print(f"{'unit':23} {'residual':9} {'dtype':9} {'shape':>15} {'ms (p20-p80)':>22}".ljust(88)
           + f"{'GB/s':>7} {'of copy':>8} {'stock ms':>9} speed-up")  # fmt: skip
     for shape in shapes(options.batch, options.size, options.all_shapes):
         for name in options.dtypes:

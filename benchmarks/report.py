@@ -1,5 +1,6 @@
-"""The README's tables, generated from the newest records of benchmarks/results; `--check` only compares.
+"""The tables of README.md and docs/cuda.md, generated from benchmarks/results; `--check` only compares.
 
+docs/cuda.md shows predictions, as such, and the README measurements: the newest record of each cell.
 Records of quick runs are left out. A cell of a table comes from one record or from one run, so that its ratios are
 between times that were taken in turn; different rows may come from different runs, so that part of a table can be
 measured again.
@@ -50,6 +51,33 @@ def render(models: list[Record], units: list[Record]) -> str:
         if alike := [record for record in units if record.get("memory", "fresh") == memory]:
             parts += [_units_table(alike), _caption(alike, f"{_UNITS_NOTE} {note}")]
     return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def render_predictions(rows: list[Record]) -> str:
+    """The table of what roofline.py predicted: a row for each unit and form, over all shapes of a step."""
+    if not rows:
+        return ""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for row in rows:
+        groups.setdefault((row["unit"], row["form"]), []).append(row)
+    cells = []
+    for (unit, form), group in groups.items():
+        largest = max(group, key=lambda row: row["bytes"] / row["calls"])
+        cells.append(
+            [unit, form, str(sum(row["calls"] for row in group)), f"{sum(row['bytes'] for row in group) / 1e9:.1f}",
+             f"{sum(row['microseconds'] for row in group) / 1e3:.2f}", "x".join(map(str, largest["shape"])),
+             f"{largest['microseconds'] / largest['calls']:.0f}"]
+        )  # fmt: skip
+    total = [f"{sum(row[key] for row in rows) / scale:.{digits}f}" for key, scale, digits in
+             (("bytes", 1e9, 1), ("microseconds", 1e3, 2))]  # fmt: skip
+    cells.append(["all", "", str(sum(row["calls"] for row in rows)), *total, "", ""])
+    head = ["unit", "residual", "calls", "GB", "predicted ms", "largest shape", "predicted us of one call"]
+    where = rows[0]
+    caption = (
+        f"Predicted, not measured: {where['model']}, one training step, batch {where['batch']}, {where['dtype']}, for "
+        f"{where['gpu']}, whose copies reach {where['copy_gb_per_s']:.0f} GB/s."
+    )
+    return f"{_table(head, cells, left=2)}\n\n{caption}\n"
 
 
 def _last_runs(records: list[Record]) -> list[Record]:
@@ -202,21 +230,25 @@ def replace_block(text: str, block: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Rewrite the README's tables, or with --check say whether they are those of the results; the exit status."""
+    """Rewrite the tables, or with --check say whether they are those of the results; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the tables are stale")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--cuda-page", type=Path, default=ROOT / "docs" / "cuda.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
-    text = options.readme.read_text(encoding="utf-8")
-    block = render(read(options.results / "models.jsonl"), read(options.results / "units.jsonl"))
-    wanted = replace_block(text, block)
-    if not options.check:
-        options.readme.write_text(wanted, encoding="utf-8")
-    elif text != wanted:
-        print(f"{options.readme}: the tables are not those of {options.results}; run python benchmarks/report.py")
-        return 1
-    return 0
+    measured = render(read(options.results / "models.jsonl"), read(options.results / "units.jsonl"))
+    predicted = render_predictions(read(options.results / "predicted.jsonl"))
+    stale = 0
+    for page, block in ((options.readme, measured), (options.cuda_page, predicted)):
+        text = page.read_text(encoding="utf-8")
+        wanted = replace_block(text, block)
+        if not options.check:
+            page.write_text(wanted, encoding="utf-8")
+        elif text != wanted:
+            print(f"{page}: the tables are not those of {options.results}; run python benchmarks/report.py")
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def faults(kernels, budget_of):
 def table(kernels, budget_of):
     """A line for each kernel and architecture: the most of its instantiations."""
     lines = [
-        f"{'kernel':34} {'arch':7} {'forms':>5} {'registers':>9} {'budget':>6} {'shared':>7} {'stack':>5} {'spill':>5}"
+        f"{'kernel':46} {'arch':7} {'forms':>5} {'registers':>9} {'budget':>6} {'shared':>7} {'stack':>5} {'spill':>5}"
     ]
     groups = {}
     for k in kernels:
@@ -171,7 +171,8 @@ def table(kernels, budget_of):
         most = [max(getattr(k, field) for k in forms) for field in ("registers", "shared", "stack", "spilled")]
         budget = budget_of[source].get(name, "none")
         lines.append(
-            f"{name:34} {architecture:7} {len(forms):5} {most[0]:9} {budget:>6} {most[1]:7} {most[2]:5} {most[3]:5}"
+            f"{f'{source} {name}':46} {architecture:7} {len(forms):5} {most[0]:9} {budget:>6} {most[1]:7} {most[2]:5} "
+            f"{most[3]:5}"
         )
     return "\n".join(lines)
 
@@ -195,7 +196,17 @@ def accesses(binary, architecture):
 
 
 WIDTHS = {"Half": 8, "BFloat16": 8, "float": 4, "double": 2}  # values in 16 bytes
-_ELEMENT = re.compile(rf"\b({'|'.join(WIDTHS)}), (\d+)\b")
+_ELEMENT = re.compile(rf"\b({'|'.join(WIDTHS)})\b")
+_WIDTH = re.compile(r", (\d+)>$")
+
+
+def element(instance):
+    """The type whose values a vector kernel takes 16 bytes of at once; None for any other kernel.
+
+    A kernel's width is its last template argument, its type the first that is named.
+    """
+    kind, width = _ELEMENT.search(instance), _WIDTH.search(instance)
+    return kind[1] if kind and width and int(width[1]) == WIDTHS[kind[1]] else None
 
 
 def narrow(found):
@@ -203,13 +214,13 @@ def narrow(found):
     form: what that reads or writes in 16 bits, the vector form does in 128, except a tail."""
     wrong = []
     for instance, counts in found.items():
-        element = _ELEMENT.search(instance)
-        if element is None or int(element[2]) != WIDTHS[element[1]]:
+        kind = element(instance)
+        if kind is None:
             continue
         if not counts["LDG.128"]:
             wrong.append(f"{instance} loads {dict(counts)}")
-        scalar = found.get(_ELEMENT.sub(r"\1, 1", instance), Counter())
-        for access in ("LDG", "STG") if element[1] in ("Half", "BFloat16") else ():
+        scalar = found.get(_WIDTH.sub(", 1>", instance), Counter())
+        for access in ("LDG", "STG") if kind in ("Half", "BFloat16") else ():
             if scalar[f"{access}.U16"] and counts[f"{access}.128"] < max(1, counts[f"{access}.U16"]):
                 wrong.append(f"{instance} has {dict(counts)}, its scalar form {dict(scalar)}")
     return wrong

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from resfuse import backends
 from resfuse.bench.records import append
+from resfuse.bench.roofline import PASSES, POOL_PASSES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -119,9 +120,10 @@ def test_report_says_where_outputs_went():
 
 def test_report_check_says_whether_the_tables_are_stale(tmp_path, capsys):
     report = load_script("report")
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    arguments = ["--readme", str(readme), "--results", str(results)]
+    readme, page, results = tmp_path / "README.md", tmp_path / "cuda.md", tmp_path / "results"
+    arguments = ["--readme", str(readme), "--cuda-page", str(page), "--results", str(results)]
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    page.write_text(f"{report.START}\n{report.END}\n")
     append(results / "models.jsonl", model_record())
     assert report.main([*arguments, "--check"]) == 1 and "stale" not in readme.read_text()
     assert "run python benchmarks/report.py" in capsys.readouterr().out
@@ -131,6 +133,11 @@ def test_report_check_says_whether_the_tables_are_stale(tmp_path, capsys):
     assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
     assert report.main([*arguments, "--check"]) == 0
     append(results / "models.jsonl", model_record(40.0))
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    predicted = {"unit": "moments", "form": "", "shape": [1], "calls": 1, "bytes": 1, "microseconds": 1.0}
+    where = {"gpu": "Some GPU", "copy_gb_per_s": 1.0, "model": "resnet50", "batch": 2, "dtype": "bfloat16"}
+    append(results / "predicted.jsonl", {**where, **predicted})
     assert report.main([*arguments, "--check"]) == 1
 
 
@@ -155,7 +162,7 @@ def test_units_refuse_a_wrong_result():
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(4, 8, 9, 9), (2, 65, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 64, 9, 9), (2, 65, 3, 3)], ids=str)
 def test_every_unit_passes_its_own_check(shape, dtype):
     units = load_script("bench_units")
     inputs = units.Inputs(shape, dtype)
@@ -163,7 +170,8 @@ def test_every_unit_passes_its_own_check(shape, dtype):
     for case in units.cases(inputs):
         units.check(case, inputs)
         names.append((case.unit, case.form))
-    assert len(set(names)) == len(names) == 17
+    expected = set(PASSES) | (set(POOL_PASSES) if shape[1] == 64 else set())
+    assert set(names) == expected and len(names) == len(expected)
 
 
 @needs_native
