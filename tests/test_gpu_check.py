@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_bench import load_script
 from test_ops import NAMES
+
+from resfuse.nn import FusedBlock
 
 ROOT = Path(__file__).parents[1]
 
@@ -153,6 +156,16 @@ def test_what_the_sanitizer_runs_calls_every_operator_of_cuda():
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) >= 18 * len(NAMES)
+
+
+@pytest.mark.parametrize("variant", ["eager", "fused"])
+def test_the_step_that_is_timed_trains(variant):
+    bench = load_script("bench_gpu")
+    model = bench.build("resnet18", variant, "cpu")
+    before = model.conv1.weight.detach().clone()
+    assert isinstance(model, FusedBlock) == (variant == "fused")
+    bench.training_step(model, *bench.batch_of(2, 32, "cpu"), torch.bfloat16)()
+    assert model.conv1.weight.isfinite().all() and not torch.equal(model.conv1.weight, before)
 
 
 def test_the_makefile_has_the_command():
