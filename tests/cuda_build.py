@@ -171,7 +171,7 @@ def table(kernels, budget_of):
         most = [max(getattr(k, field) for k in forms) for field in ("registers", "shared", "stack", "spilled")]
         budget = budget_of[source].get(name, "none")
         lines.append(
-            f"{f'{source} {name}':46} {architecture:7} {len(forms):5} {most[0]:9} {budget:>6} {most[1]:7} {most[2]:5} "
+            f"{f'{source} {name}':54} {architecture:7} {len(forms):5} {most[0]:9} {budget:>6} {most[1]:7} {most[2]:5} "
             f"{most[3]:5}"
         )
     return "\n".join(lines)
