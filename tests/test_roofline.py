@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bench import load_script
+from test_report import load_script
 from test_cuda_dispatch import Calls
 
 import resfuse
