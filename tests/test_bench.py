@@ -127,7 +127,8 @@ def page_faults_of_fresh_tensors(keep):
     code += (
         f"kept = {keep} and k(); torch.ones(2**24); n = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; "
     )
-    code += "counts = [(-n(), torch.ones(2**24).sum(), n()) for _ in range(8)]; print(kept, min(a + b for a, _, b in counts))"
+    code += "counts = [(-n(), torch.ones(2**24).sum(), n()) for _ in range(8)]; "
+    code += "print(kept, min(a + b for a, _, b in counts))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     kept, faults = run.stdout.split()
     return kept == "True", int(faults)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_report import load_script
 from test_cuda_dispatch import Calls
+from test_report import load_script
 
 import resfuse
 from resfuse import models, ops
