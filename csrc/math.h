@@ -107,12 +107,16 @@ RESFUSE_INLINE acc_t<T> round_to(acc_t<T> value) {
   return load(stored);
 }
 
-#if !defined(__CUDA_ARCH__)
 // The same in a float's 32 bits and in a fraction of the instructions: where 2^13 times the power of two at or below
 // the value is added, the FPU rounds to a half's last bit, and taking it away is exact. Subnormal halves have the last
 // bit of 2^-14.
 template <>
 RESFUSE_INLINE float round_to<Half>(float value) {
+#if defined(__CUDA_ARCH__)
+  Half stored;
+  store(&stored, value);
+  return load(stored);
+#else
   const uint32_t bits = bits_from_float(value), magnitude = bits & 0x7fffffffu, power = magnitude & 0x7f800000u;
   const uint32_t at_least = power < 0x38800000u ? 0x38800000u : power;
   const uint32_t at_most = at_least > 0x47000000u ? 0x47000000u : at_least;
@@ -120,8 +124,8 @@ RESFUSE_INLINE float round_to<Half>(float value) {
   const float rounded = float_from_bits(magnitude) + shift - shift;
   const float finite = rounded > 65504.0f ? float_from_bits(0x7f800000u) : rounded;
   return float_from_bits(bits_from_float(finite) | (bits & 0x80000000u));
-}
 #endif
+}
 
 // relu(z) = max(z, 0) with relu(NaN) = NaN. `floor` is 0 for ReLU and -infinity for the identity.
 template <class A>
