@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,7 @@ def make_venv(tmp_path):
     def run(**settings):
         command = [shutil.which("make"), "--no-print-directory", "venv", "PYTHON=true", "PIP=: pip"]
         environment = {"PATH": str(tmp_path / "tools"), **settings}
+        time.sleep(0.05)  # the dates of files advance by milliseconds
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return "\n".join(line for line in result.stdout.splitlines() if "isolation" in line or "compiler" in line)
@@ -147,6 +149,7 @@ def test_make_builds_again_where_a_setting_changed(make_venv, tmp_path):
     assert make_venv().startswith("CXX=") and make_venv() == ""
     assert f'CXX="{compilers["other"]}"' in make_venv(CXX="other") and make_venv(CXX="other") == ""
     assert make_venv(CXX="other", RESFUSE_CUDA="1") != "" and make_venv(CXX="other", CUDA_HOME="/cuda") != ""
+    time.sleep(0.05)
     (tmp_path / "csrc" / "new.cpp").touch()
     assert make_venv(CXX="other", CUDA_HOME="/cuda") != "" and make_venv(CXX="other", CUDA_HOME="/cuda") == ""
 
