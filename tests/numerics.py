@@ -4,6 +4,7 @@ The rule: against a float64 reference, the error is at most twice that of stock 
 one floor per dtype. Errors are relative in the L2 norm, gradients are judged by their cosine too.
 """
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -17,6 +18,13 @@ CHAIN_MARGIN = 10  # likewise behind several 16-bit convolutions, where stock's 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced")
 RESIDUALS = ("none", "identity", "raw")
+
+# what tests run over
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+DENSE = pytest.mark.parametrize("layout", LAYOUTS[:2])
+TRAIN_EVAL = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def _relative(error, size):

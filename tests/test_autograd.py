@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import RESIDUALS, batch_norm, copy_of, image, leaf, stock_bn_act
+from numerics import RESIDUALS, TRAIN_EVAL, batch_norm, copy_of, image, leaf, stock_bn_act
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -15,7 +15,6 @@ pytestmark = pytest.mark.skipif(ops.missing_native["cpu"] is not None, reason=st
 DOUBLE = torch.float64
 SHAPE = (2, 2, 2, 2)
 EVERY_RESIDUAL = pytest.mark.parametrize("residual", RESIDUALS)
-TRAIN_EVAL = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "identity"])
 
 

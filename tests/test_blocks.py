@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import CHAIN_MARGIN, GRADIENT_MARGIN, LAYOUTS, assert_all_as_exact, image, leaf
+from numerics import CHAIN_MARGIN, GRADIENT_MARGIN, LAYOUTS, TRAIN_EVAL, assert_all_as_exact, image, leaf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +15,6 @@ from resfuse.nn import batch_norm_parameters, conv_parameters
 
 pytestmark = pytest.mark.skipif(ops.missing_native["cpu"] is not None, reason=str(ops.missing_native["cpu"]))
 
-TRAIN_EVAL = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 SHORTCUTS = pytest.mark.parametrize("shortcut", ["identity", "tensor", "projection"])
 DEPTHS = pytest.mark.parametrize("depth", [1, 2, 3], ids=["conv_bn_act", "basic_block", "bottleneck"])
 FUNCTIONS = {1: "conv_bn_act", 2: "basic_block", 3: "bottleneck"}

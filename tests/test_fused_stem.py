@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from numerics import assert_all_as_exact, assert_as_exact, image
+from numerics import DENSE, TRAIN_EVAL, assert_all_as_exact, assert_as_exact, image
 from torch import nn
 
 import resfuse
@@ -19,8 +19,6 @@ except ImportError:
 pytestmark = pytest.mark.skipif(ops.missing_native["cpu"] is not None, reason=str(ops.missing_native["cpu"]))
 
 NODE = "BNReLUMaxPoolFunctionBackward"
-DENSE = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-TRAIN_EVAL = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def network(build=models.resnet18):

@@ -6,14 +6,12 @@ import test_ops
 import test_stem
 import test_units
 import torch
-from numerics import DTYPES, RESIDUALS, assert_as_exact, image
+from numerics import DENSE, EVERY_DTYPE, RESIDUALS, assert_as_exact, image
 from test_ops import CASES, is_written, outputs, overload
 
 from resfuse import functional, ops, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-DENSE = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 EVERY_RESIDUAL = pytest.mark.parametrize("residual", RESIDUALS)
 CHANNELS = pytest.mark.parametrize("channels", [1, 3, 57, 65, 1000, 2048])
 

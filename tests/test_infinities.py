@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics import DTYPES, LAYOUTS, laid_out
+from numerics import DENSE, EVERY_DTYPE, laid_out
 from torch import nn
 
 from resfuse import backends, functional, ops
@@ -27,8 +27,8 @@ def spoiled(shape, dtype, values, places):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@DENSE
+@EVERY_DTYPE
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("values", VALUES)
 def test_running_statistics_are_stocks(values, place, dtype, layout, shape):

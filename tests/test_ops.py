@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from numerics import image
+from numerics import DENSE, FLOATS, image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -141,8 +141,6 @@ CASES = [
     *pool_cases("moments", True),
 ]
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c.form}")
-EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-EVERY_LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 
 def overload(case):
@@ -176,14 +174,14 @@ def test_forms_reach_every_optional_argument():
                 assert {call[i] for call in calls} == {True, False}, (name, argument.name)
 
 
-@EVERY_LAYOUT
-@EVERY_DTYPE
+@DENSE
+@FLOATS
 @EVERY_CASE
 def test_opcheck(case, dtype, layout):
     opcheck(overload(case), tuple(case.build(dtype, layout)))
 
 
-@EVERY_LAYOUT
+@DENSE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @EVERY_CASE
 def test_fakes_agree_and_only_what_the_schema_names_is_written(case, dtype, layout, poisoned):
@@ -321,8 +319,8 @@ def test_sums_are_rounded_once(dtype):
     assert_same_values(out, expected)
 
 
-@EVERY_LAYOUT
-@EVERY_DTYPE
+@DENSE
+@FLOATS
 @pytest.mark.parametrize("kind", ["none", "identity", "raw"])
 @pytest.mark.parametrize("shape", [(3, 65, 9, 7), (40, 3, 1, 1), (2, 256, 20, 20)], ids=str)
 def test_fused_moments_are_those_of_the_stored_output(shape, kind, dtype, layout):

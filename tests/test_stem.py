@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from numerics import (
     CHAIN_MARGIN,
-    DTYPES,
+    DENSE,
+    EVERY_DTYPE,
+    EVERY_LAYOUT,
+    FLOATS,
     GRADIENT_MARGIN,
-    LAYOUTS,
+    TRAIN_EVAL,
     assert_all_as_exact,
     batch_norm,
     copy_of,
@@ -41,11 +44,6 @@ WINDOWS = {  # kernel_size, stride, padding
     "largest": (16, (3, 100), 8),
 }
 STEM = WINDOWS["stem"]
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-DENSE = pytest.mark.parametrize("layout", LAYOUTS[:2])
-TRAIN_EVAL = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 EVERY_WINDOW = pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 
 native = partial(functional.bn_relu_maxpool, backend="native")

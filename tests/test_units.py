@@ -6,9 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import (
+    DENSE,
     DTYPES,
+    EVERY_DTYPE,
+    EVERY_LAYOUT,
+    FLOATS,
     LAYOUTS,
     RESIDUALS,
+    TRAIN_EVAL,
     assert_all_as_exact,
     assert_as_exact,
     batch_norm,
@@ -29,12 +34,7 @@ DOUBLE = torch.float64
 SMALL = (3, 7, 5, 5)
 CHANNELS = (1, 3, 7, 57, 65, 256)
 MAPS = {"1x1": (6, 1, 1), "7x7": (2, 7, 7), "odd": (3, 1, 9)}
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-DENSE = pytest.mark.parametrize("layout", LAYOUTS[:2])
 EVERY_RESIDUAL = pytest.mark.parametrize("residual", RESIDUALS)
-TRAIN_EVAL = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "identity"])
 
 
