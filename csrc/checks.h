@@ -120,4 +120,11 @@ inline Tensor new_vector(const Tensor& x, int64_t rows, int64_t columns, ScalarT
   return torch::stable::new_empty(x, {rows, columns}, dtype);
 }
 
+// Check that what normalises a raw residual comes with it.
+inline void check_raw_branch(const OptionalTensor& residual, const OptionalTensor& scale, const OptionalTensor& shift,
+                             const OptionalTensor& mean) {
+  STD_TORCH_CHECK(!residual.has_value() || (scale.has_value() && shift.has_value() && mean.has_value()),
+                  "resfuse: residual_scale, residual_shift and residual_mean come with a raw residual");
+}
+
 }  // namespace resfuse

@@ -250,6 +250,14 @@ def pool_backward(x, v, *, indices=torch.uint8, size=2, order=torch.contiguous_f
         (lambda x, v: ops.scale_shift_act(x, v, v.double(), None, None, None, True), "shift has the wrong dtype"),
         (lambda x, v: ops.scale_shift_act(x, v, v, None, v, v, True), "come together, with a residual"),
         (lambda x, v: ops.scale_shift_act(x, v, v, x, v, None, True), "come together, with a residual"),
+        (
+            lambda x, v: ops.scale_shift_act_backward_reduce(x, x, v, v, v, x, v, v, None, None, True),
+            "come with a raw residual",
+        ),
+        (
+            lambda x, v: ops.scale_shift_act_backward_apply(x, x, v, v, v, None, None, x, v, None, v, None, None, True),
+            "come with a raw residual",
+        ),
         (lambda x, v: ops.finalize(v, v, 2, v[:2], None, None, None, None, 0.1, 1e-5), "weight must be a CPU tensor"),
         (lambda x, v: ops.scale_shift_relu_maxpool(x, v, v, 3, 2, 2), "padding at most half"),
         (lambda x, v: ops.scale_shift_relu_maxpool(x, v, v, 5, 1, 0), "must not exceed the padded input"),

@@ -101,6 +101,7 @@ std::tuple<Tensor, Tensor> scale_shift_act_backward_reduce(
                   "resfuse: the mask of a raw residual is recomputed, not read from out");
   check_like(grad_out, x, "grad_out");
   if (raw) check_like(*raw_residual, x, "raw_residual");
+  check_raw_branch(raw_residual, residual_scale, residual_shift, residual_mean);
   if (out.has_value()) check_like(*out, x, "out");
   Tensor sums = new_vector(x, raw ? 3 : 2, g.channels, accumulate_dtype(x));
   Tensor dz = mask == Mask::kOutput ? new_activation(x) : torch::stable::new_empty(x, {0});
@@ -143,6 +144,7 @@ void write_gradients(const Tensor& grad_x, const Tensor& grad_residual, const Te
   const bool raw = raw_residual.has_value(), moments = grad_mean.has_value() || residual_grad_mean.has_value();
   check_like(grad_out, x, "grad_out");
   if (raw) check_like(*raw_residual, x, "raw_residual");
+  check_raw_branch(raw_residual, residual_scale, residual_shift, residual_mean);
   if (g.numel() == 0) return;
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

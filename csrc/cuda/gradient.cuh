@@ -32,8 +32,7 @@ template <class A>
 Branch<A> raw_branch_of(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& scale,
                         const OptionalTensor& shift, const OptionalTensor& mean, const OptionalTensor& grad_mean = {},
                         const OptionalTensor& grad_var = {}) {
-  STD_TORCH_CHECK(!residual.has_value() || (scale.has_value() && shift.has_value() && mean.has_value()),
-                  "resfuse: residual_scale, residual_shift and residual_mean come with a raw residual");
+  check_raw_branch(residual, scale, shift, mean);
   return branch_of<A>(x, scale, shift, mean, grad_mean, grad_var);
 }
 
