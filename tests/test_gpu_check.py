@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bench import load_script
+from test_report import load_script
 from test_ops import NAMES
 
 from resfuse.nn import FusedBlock
