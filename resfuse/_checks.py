@@ -171,27 +171,28 @@ def check_chain(
     *,
     cast: bool,
 ) -> None:
-    """A residual unit fits together: every convolution its input, every normalisation, and the shortcut the last."""
+    """A chain fits together: every convolution its input, every normalisation, and a shortcut the last."""
     check_image("x", x)
+    if len(layers) == 0:
+        raise ValueError("layers must hold at least one (conv, bn), got none")
     shape: Sequence[int] = x.shape
     for i, (conv, bn) in enumerate(layers, 1):
         shape = check_conv(conv, shape, x, cast=cast, prefix=f"conv{i}.")
         check_batch_norm(bn, shape, x.device, f"bn{i}.")
     if isinstance(shortcut, Tensor):
         check_residual(shortcut, shape, x, cast=cast, name="shortcut")
-        return
-    found: Sequence[int] = x.shape
-    if shortcut is not None:
+    elif shortcut is not None:
         found = check_conv(shortcut[0], x.shape, x, cast=cast, prefix="shortcut conv.")
         check_batch_norm(shortcut[1], found, x.device, "shortcut bn.")
-    if tuple(found) != tuple(shape):
-        raise ValueError(f"shortcut must have the residual branch's shape {tuple(shape)}, got {tuple(found)}")
+        if tuple(found) != tuple(shape):
+            raise ValueError(f"shortcut must have the residual branch's shape {tuple(shape)}, got {tuple(found)}")
 
 
 def check_preact_chain(
     x: Tensor,
-    layers: Sequence[tuple[BatchNorm2dParameters, Conv2dParameters]],
+    layers: Sequence[tuple[BatchNorm2dParameters | None, Conv2dParameters]],
     shortcut: Tensor | Conv2dParameters | None,
+    moments: Sequence[Tensor] | None,
     *,
     cast: bool,
 ) -> None:
@@ -201,7 +202,12 @@ def check_preact_chain(
         raise ValueError("layers must hold at least one (bn, conv), got none")
     shape: Sequence[int] = x.shape
     for i, (bn, conv) in enumerate(layers, 1):
-        check_batch_norm(bn, shape, x.device, f"bn{i}.")
+        if bn is not None:
+            check_batch_norm(bn, shape, x.device, f"bn{i}.")
+        elif i > 1:
+            raise ValueError(f"layers[{i - 1}] must begin with a batch normalisation: only the first may have None")
+        elif moments is not None:
+            raise ValueError("moments must be None where layers[0] does not normalise x")
         shape = check_conv(conv, shape, x, cast=cast, prefix=f"conv{i}.")
     if isinstance(shortcut, Tensor):
         check_residual(shortcut, shape, x, cast=cast, name="shortcut")
@@ -209,6 +215,7 @@ def check_preact_chain(
         found = check_conv(shortcut, x.shape, x, cast=cast, prefix="shortcut conv.")
         if tuple(found) != tuple(shape):
             raise ValueError(f"shortcut must have the residual branch's shape {tuple(shape)}, got {tuple(found)}")
+    check_moments(moments, x)
 
 
 def check_moments(moments: Sequence[Tensor] | None, x: Tensor) -> None:

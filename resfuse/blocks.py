@@ -13,38 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from resfuse import _checks, raw_chain
-from resfuse._calls import add_moments, autocasts, bn_act, convolve
+from resfuse._calls import add_moments, autocasts, beside, bn_act, convolve
 from resfuse.backends import choose
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 from resfuse.reference import PreactLayer, Shortcut
-
-
-def _residual_chain(
-    x: Tensor,
-    layers: list[tuple[Conv2dParameters, BatchNorm2dParameters]],
-    shortcut: Shortcut,
-    activation: str,
-    backend: str | None,
-    folding: bool | None,
-    return_moments: bool,
-) -> Any:
-    _checks.check_activation_name(activation)
-    _checks.check_chain(x, layers, shortcut, cast=isinstance(x, Tensor) and autocasts(x.device.type))
-    choose("bn_act", x.device.type, x.dtype, backend)  # a missing backend raises before a running statistic changes
-    convs = [conv for conv, _ in layers] + ([shortcut[0]] if isinstance(shortcut, tuple) else [])
-    if raw_chain.why_not(x, convs, backend) is None:
-        return raw_chain.residual_chain(x, layers, shortcut, activation, folding, return_moments)
-    residual_bn = None
-    residual = x if shortcut is None else shortcut
-    y = x
-    for conv, bn in layers[:-1]:
-        y = bn_act(convolve(y, conv), bn, None, None, activation, backend, owned=True)
-    conv, bn = layers[-1]
-    y = convolve(y, conv)
-    if isinstance(residual, tuple):
-        projection, residual_bn = residual
-        residual = convolve(x, projection)
-    return bn_act(y, bn, residual, residual_bn, activation, backend, owned=True, return_moments=return_moments)
 
 
 def conv_bn_act(
@@ -84,6 +56,60 @@ def conv_bn_act(
     return bn_act(y, bn, residual, residual_bn, activation, backend, owned=owned, return_moments=return_moments)
 
 
+def conv_bn_act_chain(
+    x: Tensor,
+    layers: Sequence[tuple[Conv2dParameters, BatchNorm2dParameters]],
+    shortcut: Shortcut = None,
+    activation: str = "relu",
+    last_activation: str | None = None,
+    *,
+    return_moments: bool = False,
+    backend: str | None = None,
+    folding: bool | None = None,
+) -> Any:
+    """Layers in a row and a shortcut around them: out = last_act(BN(conv(... act(BN(conv(x))) ...)) + shortcut).
+
+    The stretch between two pools of a plain network, and the residual unit of any depth.
+
+    Args:
+        x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
+        layers (Sequence[tuple[Conv2dParameters, BatchNorm2dParameters]]): one or more; each fits what comes before it,
+            weights are in x's dtype, or any under autocast.
+        shortcut (Tensor | tuple[Conv2dParameters, BatchNorm2dParameters] | None): what is added: a tensor of the
+            output's shape, where x itself is the identity shortcut; or BN(conv(x)), a projection; None adds nothing.
+        activation (str): "relu" or "identity", after each normalisation but the last.
+        last_activation (str | None): after the sum; None is `activation`.
+        return_moments (bool): see the module's description.
+        backend (str | None): see :mod:`resfuse.functional`.
+        folding (bool | None): as in :func:`basic_block`.
+
+    Returns:
+        Tensor, or tuple[Tensor, Moments] with return_moments: (N, K, H', W') in the convolutions' dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; nothing has been updated.
+    """
+    last_activation = activation if last_activation is None else last_activation
+    for name in (activation, last_activation):
+        _checks.check_activation_name(name)
+    _checks.check_chain(x, layers, shortcut, cast=isinstance(x, Tensor) and autocasts(x.device.type))
+    choose("bn_act", x.device.type, x.dtype, backend)  # a missing backend raises before a running statistic changes
+    convs = [conv for conv, _ in layers] + ([shortcut[0]] if isinstance(shortcut, tuple) else [])
+    if raw_chain.why_not(x, convs, backend) is None:
+        return raw_chain.residual_chain(x, list(layers), shortcut, activation, last_activation, folding, return_moments)
+    y = x
+    for conv, bn in layers[:-1]:
+        y = bn_act(convolve(y, conv), bn, None, None, activation, backend, owned=True)
+    conv, bn = layers[-1]
+    y = convolve(y, conv)
+    residual: Any = shortcut
+    residual_bn = None
+    if isinstance(shortcut, tuple):
+        projection, residual_bn = shortcut
+        residual = convolve(x, projection)
+    return bn_act(y, bn, residual, residual_bn, last_activation, backend, owned=True, return_moments=return_moments)
+
+
 def basic_block(
     x: Tensor,
     conv1: Conv2dParameters,
@@ -120,7 +146,9 @@ def basic_block(
 
     Source: He et al. 2015, arXiv:1512.03385, figure 5 left.
     """
-    return _residual_chain(x, [(conv1, bn1), (conv2, bn2)], shortcut, activation, backend, folding, return_moments)
+    shortcut = x if shortcut is None else shortcut
+    options: Any = {"return_moments": return_moments, "backend": backend, "folding": folding}
+    return conv_bn_act_chain(x, [(conv1, bn1), (conv2, bn2)], shortcut, activation, **options)
 
 
 def bottleneck(
@@ -153,8 +181,9 @@ def bottleneck(
 
     Source: He et al. 2015, arXiv:1512.03385, figure 5 right.
     """
-    layers = [(conv1, bn1), (conv2, bn2), (conv3, bn3)]
-    return _residual_chain(x, layers, shortcut, activation, backend, folding, return_moments)
+    shortcut = x if shortcut is None else shortcut
+    options: Any = {"return_moments": return_moments, "backend": backend, "folding": folding}
+    return conv_bn_act_chain(x, [(conv1, bn1), (conv2, bn2), (conv3, bn3)], shortcut, activation, **options)
 
 
 def conv_stats(
@@ -191,8 +220,9 @@ def preact_block(
     activation: str = "relu",
     *,
     moments: Moments | None = None,
+    return_moments: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Moments]:
+) -> Any:
     """The pre-activation unit: out = conv(act(BN(... conv(act(BN(x))) ...))) + shortcut, and its moments.
 
     In a chain of units each is given the moments that the one before handed on, so no pass is made for statistics: the
@@ -200,16 +230,19 @@ def preact_block(
 
     Args:
         x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
-        layers (Sequence[tuple[BatchNorm2dParameters, Conv2dParameters]]): one or more; each normalisation fits what
-            comes before it, weights are in x's dtype, or any under autocast.
+        layers (Sequence[tuple[BatchNorm2dParameters | None, Conv2dParameters]]): one or more; each normalisation fits
+            what comes before it, weights are in x's dtype, or any under autocast. None in the first says that x comes
+            activated, as from a stem: it is read as it is.
         shortcut (Tensor | Conv2dParameters | None): what is added: a tensor of the output's shape, where x itself is
             the identity shortcut; or a convolution of act(BN(x)), a projection; None adds nothing, as in DenseNet.
         activation (str): "relu" or "identity", after each normalisation.
         moments (Moments | None): x's, where whoever wrote x handed them on; else they are taken here.
+        return_moments (bool): False where nobody will normalise the output with its own statistics.
         backend (str | None): see :mod:`resfuse.functional`.
 
     Returns:
-        tuple[Tensor, Moments]: (N, K, H', W') in the convolutions' dtype, and its moments, (K,).
+        tuple[Tensor, Moments]: (N, K, H', W') in the convolutions' dtype, and its moments, (K,); the Tensor alone with
+        return_moments False.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is not as described; nothing has been updated.
@@ -217,17 +250,20 @@ def preact_block(
     Source: He et al. 2016, arXiv:1603.05027, figure 1b; Huang et al. 2017, arXiv:1608.06993, without a shortcut.
     """
     _checks.check_activation_name(activation)
-    _checks.check_preact_chain(x, layers, shortcut, cast=isinstance(x, Tensor) and autocasts(x.device.type))
-    _checks.check_moments(moments, x)
+    _checks.check_preact_chain(x, layers, shortcut, moments, cast=isinstance(x, Tensor) and autocasts(x.device.type))
     choose("bn_act", x.device.type, x.dtype, backend)  # a missing backend raises before a running statistic changes
     projection = shortcut if isinstance(shortcut, Conv2dParameters) else None
     convs = [conv for _, conv in layers] + ([] if projection is None else [projection])
     if raw_chain.why_not(x, convs, backend) is None:
-        return raw_chain.preact_chain(x, list(layers), shortcut, activation, moments)
-    y = first = bn_act(x, layers[0][0], None, None, activation, backend, moments=moments)
+        return raw_chain.preact_chain(x, list(layers), shortcut, activation, moments, return_moments)
+    y = first = x
     for i, (bn, conv) in enumerate(layers):
-        if i > 0:
-            y = bn_act(y, bn, None, None, activation, backend, owned=True)
+        if bn is not None:
+            given = moments if i == 0 else None
+            y = bn_act(y, bn, None, None, activation, backend, owned=i > 0, moments=given)
+        first = y if i == 0 else first
         y = convolve(y, conv)
-    added = convolve(first, projection) if projection is not None else shortcut
-    return add_moments(y, added, backend)  # type: ignore[arg-type]
+    added: Any = convolve(first, projection) if projection is not None else shortcut
+    if return_moments:
+        return add_moments(y, added, backend)
+    return y if added is None else y + beside(added, y)

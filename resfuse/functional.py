@@ -26,6 +26,7 @@ from resfuse.autograd import (
 from resfuse.blocks import basic_block as basic_block
 from resfuse.blocks import bottleneck as bottleneck
 from resfuse.blocks import conv_bn_act as conv_bn_act
+from resfuse.blocks import conv_bn_act_chain as conv_bn_act_chain
 from resfuse.blocks import conv_stats as conv_stats
 from resfuse.blocks import preact_block as preact_block
 from resfuse.parameters import BatchNorm2dParameters, Moments

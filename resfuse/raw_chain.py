@@ -20,6 +20,7 @@ from resfuse.autograd_preact import conv_add, norm
 from resfuse.backends import folds, why_not_raw
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 from resfuse.raw import Raw, as_pair
+from resfuse.reference import PreactLayer
 
 Layer = tuple[Conv2dParameters, BatchNorm2dParameters]
 
@@ -133,20 +134,26 @@ def residual_chain(
     layers: list[Layer],
     shortcut: Tensor | Layer | None,
     activation: str,
+    last_activation: str,
     folding: bool | None,
     moments: bool = False,
 ) -> Any:
-    """act(BN(conv(... act(BN(conv(x))) ...)) + shortcut); with `moments`, (out, Moments)."""
+    """last_act(BN(conv(... act(BN(conv(x))) ...)) + shortcut), where None adds nothing; with `moments`, (out, Moments).
+
+    What reads x, as x itself and a projection do, is given it by the first convolution.
+    """
     relu = activation == "relu"
+    reads_x = shortcut is x or isinstance(shortcut, tuple)
     x = _as_input(x)
     projection = shortcut if isinstance(shortcut, tuple) else None
-    added = _as_input(shortcut) if isinstance(shortcut, Tensor) else None
+    added = _as_input(shortcut) if isinstance(shortcut, Tensor) and not reads_x else None
     with torch.autocast(x.device.type, enabled=False):
         y, through = Raw(x), x
         for i, (conv, bn) in enumerate(layers[:-1]):
-            y, passed = _step(y, conv, bn, relu, through=i == 0 and added is None and x.requires_grad)
+            y, passed = _step(y, conv, bn, relu, through=i == 0 and reads_x and x.requires_grad)
             through = passed if i == 0 else through
-        out = _close(y, layers[-1], through if added is None else added, projection, relu, relu, folding, moments)
+        added = through if reads_x else added
+        out = _close(y, layers[-1], added, projection, relu, last_activation == "relu", folding, moments)
     bump_versions(*[bn for _, bn in layers], *([] if projection is None else [projection[1]]))
     return (out[0], Moments(*out[1:])) if moments else out
 
@@ -174,28 +181,35 @@ def conv_stats(x: Tensor, conv: Conv2dParameters, residual: Tensor | None) -> tu
 
 def preact_chain(
     x: Tensor,
-    layers: list[tuple[BatchNorm2dParameters, Conv2dParameters]],
+    layers: list[PreactLayer],
     shortcut: Tensor | Conv2dParameters | None,
     activation: str,
     moments: Moments | None,
-) -> tuple[Tensor, Moments]:
-    """conv(act(BN(... conv(act(BN(x))) ...))) + shortcut, and its moments; `moments` are x's, where they are known."""
+    return_moments: bool,
+) -> Any:
+    """conv(act(BN(... conv(act(BN(x))) ...))) + shortcut; `moments` are x's, where they are known.
+
+    Without a first normalisation x is read as it is. With `return_moments`, (out, Moments).
+    """
     relu = activation == "relu"
     identity = shortcut is x
     norms = [bn for bn, _ in layers]
     x = _as_input(x)
     with torch.autocast(x.device.type, enabled=False):
-        if moments is None and norms[0].training:
-            moments = Moments(*MomentsFunction.apply(x))
-        y = first = norm(x, moments, norms[0])
-        through = x
-        for i, (_, conv) in enumerate(layers[:-1]):
-            y, passed = conv_norm(y, conv, norms[i + 1], relu, through=i == 0 and identity and x.requires_grad)
+        y, through = Raw(x), x
+        if norms[0] is not None:
+            if moments is None and norms[0].training:
+                moments = Moments(*MomentsFunction.apply(x))
+            y = norm(x, moments, norms[0])
+        first = y
+        for i, ((_, conv), bn) in enumerate(zip(layers[:-1], norms[1:], strict=True)):
+            assert bn is not None
+            y, passed = conv_norm(y, conv, bn, relu, through=i == 0 and identity and x.requires_grad)
             through = passed if i == 0 else through
         if isinstance(shortcut, Conv2dParameters):
             residual = conv_add(first, shortcut, None, relu, moments=False)
         else:
             residual = through if identity else None if shortcut is None else _as_input(shortcut)
-        out, *found = conv_add(y, layers[-1][1], residual, relu, moments=True)
+        out = conv_add(y, layers[-1][1], residual, relu, moments=return_moments)
     bump_versions(*norms)
-    return out, Moments(*found)
+    return (out[0], Moments(*out[1:])) if return_moments else out

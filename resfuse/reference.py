@@ -10,6 +10,8 @@ running_var is unbiased, as in :class:`torch.nn.BatchNorm2d`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -308,26 +310,28 @@ def conv_bn_act(
 Shortcut = Tensor | tuple[Conv2dParameters, BatchNorm2dParameters] | None
 
 
-def residual_chain(
+def conv_bn_act_chain(
     x: Tensor,
-    layers: list[tuple[Conv2dParameters, BatchNorm2dParameters]],
+    layers: Sequence[tuple[Conv2dParameters, BatchNorm2dParameters]],
     shortcut: Shortcut = None,
     activation: str = "relu",
+    last_activation: str | None = None,
 ) -> Tensor:
-    """act(BN(conv(... act(BN(conv(x))) ...)) + shortcut): the residual unit of any depth.
+    """last_act(BN(conv(... act(BN(conv(x))) ...)) + shortcut): a plain chain, or the residual unit of any depth.
 
-    shortcut: None for x itself, a tensor for a residual computed elsewhere, (conv, bn) for a projection BN(conv(x)).
+    shortcut: None for nothing, a tensor (x itself: the identity), (conv, bn) for a projection BN(conv(x)).
+    last_activation: None for `activation`.
     """
     residual_bn = None
     if isinstance(shortcut, tuple):
         projection, residual_bn = shortcut
-        residual = _conv(x, projection)
+        residual: Tensor | None = _conv(x, projection)
     else:
-        residual = x if shortcut is None else shortcut
+        residual = shortcut
     for conv, bn in layers[:-1]:
         x = conv_bn_act(x, conv, bn, activation=activation)
     conv, bn = layers[-1]
-    return conv_bn_act(x, conv, bn, residual, residual_bn, activation)
+    return conv_bn_act(x, conv, bn, residual, residual_bn, last_activation or activation)
 
 
 def basic_block(
@@ -339,8 +343,8 @@ def basic_block(
     shortcut: Shortcut = None,
     activation: str = "relu",
 ) -> Tensor:
-    """The two-layer residual unit of ResNet-18 and -34. Source: arXiv:1512.03385, figure 5 left."""
-    return residual_chain(x, [(conv1, bn1), (conv2, bn2)], shortcut, activation)
+    """The two-layer residual unit of ResNet-18 and -34; shortcut None is x. Source: arXiv:1512.03385, figure 5 left."""
+    return conv_bn_act_chain(x, [(conv1, bn1), (conv2, bn2)], x if shortcut is None else shortcut, activation)
 
 
 def bottleneck(
@@ -354,16 +358,18 @@ def bottleneck(
     shortcut: Shortcut = None,
     activation: str = "relu",
 ) -> Tensor:
-    """The three-layer residual unit of ResNet-50 and deeper. Source: arXiv:1512.03385, figure 5 right."""
-    return residual_chain(x, [(conv1, bn1), (conv2, bn2), (conv3, bn3)], shortcut, activation)
+    """The three-layer residual unit of ResNet-50 and deeper; shortcut None is x. Source: arXiv:1512.03385, figure 5."""
+    layers = [(conv1, bn1), (conv2, bn2), (conv3, bn3)]
+    return conv_bn_act_chain(x, layers, x if shortcut is None else shortcut, activation)
 
 
-PreactLayer = tuple[BatchNorm2dParameters, Conv2dParameters]
+PreactLayer = tuple[BatchNorm2dParameters | None, Conv2dParameters]
+"""What normalises a layer's input, None only where the first layer's comes activated, and what convolves it."""
 
 
 def preact_block(
     x: Tensor,
-    layers: list[PreactLayer],
+    layers: Sequence[PreactLayer],
     shortcut: Tensor | Conv2dParameters | None = None,
     activation: str = "relu",
     moments: tuple[Tensor, Tensor] | None = None,
@@ -371,10 +377,12 @@ def preact_block(
     """conv(act(BN(... conv(act(BN(x))) ...))) + shortcut, and the moments of this sum; `moments` are x's.
 
     shortcut: None for nothing, a tensor (x itself: the identity), or a convolution of act(BN(x)), a projection.
+    Without a first normalisation the first convolution and a projection read x.
     """
-    y = first = bn_act(x, layers[0][0], activation=activation, moments=moments)
-    for i, (_, conv) in enumerate(layers):
+    y = first = x
+    for i, (bn, conv) in enumerate(layers):
+        if bn is not None:
+            y = bn_act(y, bn, activation=activation, moments=moments if i == 0 else None)
+        first = y if i == 0 else first
         y = _conv(y, conv)
-        if i + 1 < len(layers):
-            y = bn_act(y, layers[i + 1][0], activation=activation)
     return add_moments(y, _conv(first, shortcut) if isinstance(shortcut, tuple) else shortcut)

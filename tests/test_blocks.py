@@ -50,8 +50,8 @@ class Unit(nn.Module):
             randomise(bn)
         self.depth = depth
 
-    def forward(self, x, residual=None):
-        """What stock computes; residual is for shortcut "tensor"."""
+    def summed(self, x, residual=None):
+        """What stock activates last; residual is for shortcut "tensor"."""
         y = x
         for i, (conv, bn) in enumerate(zip(self.convs[: self.depth], self.norms[: self.depth], strict=True)):
             y = bn(conv(y if i == 0 else F.relu(y)))
@@ -59,7 +59,10 @@ class Unit(nn.Module):
             residual = self.norms[-1](self.convs[-1](x))
         elif self.shortcut == "identity":
             residual = x
-        return F.relu(y if residual is None else y + residual)
+        return y if residual is None else y + residual
+
+    def forward(self, x, residual=None):
+        return F.relu(self.summed(x, residual))
 
     def fused(self, module, x, residual=None, **options):
         """The same through functional or reference."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from numerics import CHAIN_MARGIN, GRADIENT_MARGIN, assert_all_as_exact, image, judged, leaf
 from test_blocks import Unit, native, randomise
+from test_fusion import nodes
 from test_tiles import kept_images
 from torch import nn
 
@@ -71,7 +72,7 @@ class Preact(nn.Module):
         moments = None
         for unit in self.units:
             layers = [
-                (batch_norm_parameters(bn), conv_parameters(conv))
+                (None if type(bn) is nn.Identity else batch_norm_parameters(bn), conv_parameters(conv))
                 for bn, conv in zip(unit.norms, unit.convs, strict=True)
             ]
             shortcut = {"none": None, "tensor": residual}.get(self.shortcut, x)
@@ -123,6 +124,31 @@ def test_a_chain_of_units(path, depth, shortcut, training):
     with torch.no_grad():
         net(x, residual)
     check(net.train(training), x, residual)
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "none"])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_the_first_unit_may_read_its_input_as_it_is(path, depth, shortcut):
+    net, x = Preact(shortcut, depth=depth), image((3, 20 if shortcut == "identity" else 12, 7, 9), mean=0).abs() + 0.1
+    net.units[0].norms[0] = nn.Identity()  # x is positive, and ReLU leaves it alone
+    x = x.contiguous(memory_format=LAST)
+    check(net, x)
+    assert "MomentsFunctionBackward" not in nodes(net.fused(x)) or (path, shortcut) == ("passes", "none")
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "none"])
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_moments_that_nobody_wants_are_not_taken(path, shortcut):
+    net, x = Preact(shortcut), image((3, 20 if shortcut == "identity" else 12, 7, 9), layout="channels_last")
+    unit = net.units[0]
+    layers = [(batch_norm_parameters(b), conv_parameters(c)) for b, c in zip(unit.norms, unit.convs, strict=True)]
+    added = {"identity": x, "none": None, "projection": unit.projection and conv_parameters(unit.projection)}[shortcut]
+    moments = functional.moments(x)
+    expected, _ = functional.preact_block(x, layers, added, moments=moments)
+    out = functional.preact_block(x, layers, added, moments=moments, return_moments=False)
+    assert torch.equal(out, expected) and out.requires_grad
+    assert not [name for name in nodes(out) if "Moments" in name]
 
 
 @needs_tiles
@@ -236,6 +262,8 @@ def test_errors_leave_everything_alone(path):
         (ValueError, "activation", dict(activation="tanh")),
         (ValueError, "backend", dict(backend="fast")),
         ((ValueError, RuntimeError), "bn2", dict(layers=[layers[0], layers[0]])),
+        (ValueError, r"layers\[1\] must begin", dict(layers=[layers[0], (None, layers[1][1])])),
+        (ValueError, "moments must be None", dict(layers=[(None, layers[0][1])], moments=functional.moments(x))),
     ]
     for kind, match, change in cases:
         with pytest.raises(kind, match=match):
