@@ -16,15 +16,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resfuse.backends import BACKENDS, missing
-from resfuse.nn import (
-    ConvBNAct2d,
-    FusedBlock,
-    FusedStem,
-    conv_parameters,
-    why_stock_anywhere,
-    why_stock_children,
-    why_stock_input,
-)
+from resfuse.guards import why_stock_anywhere, why_stock_children, why_stock_input
+from resfuse.nn import ConvBNAct2d, FusedBlock, FusedStem, conv_parameters
 from resfuse.raw_chain import why_not_convs
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,6 +27,7 @@ _INTEGRATIONS = {
     "torchvision.models.resnet": "resfuse.integrations.torchvision",
     "resfuse.models.resnet": "resfuse.integrations.models",
     "resfuse.models.cifar": "resfuse.integrations.models",
+    "resfuse.models.units": "resfuse.integrations.units",
 }
 _registered: dict[type[nn.Module], type[FusedBlock]] = {}
 
@@ -130,7 +124,7 @@ def _why_stock(module: nn.Module, backend: str | None) -> str | None:
     if known is not None:
         reason = known.why_stock_children(module)
     elif type(module) is ConvBNAct2d:  # fused by itself
-        reason, backend = why_stock_children(module, ("conv",), ("bn",), ()), module.backend
+        reason, backend = why_stock_children(module, module.fused_parts), module.backend
     else:
         return f"resfuse has no fused {type(module).__name__}"
     reason = why_stock_anywhere() or reason

@@ -2,23 +2,22 @@
 
 No mathematics: a module collects its parameters and calls :mod:`resfuse.functional`. A fused block is a stock block
 whose class was swapped for a subclass with one of the mixins below; its children stay the same objects under the same
-names. At each call it asks :func:`why_stock` whether the fusion would be seen (a hook, a replaced child, a tracer, a
-device without kernels), and where it would, runs the stock forward.
+names. At each call it asks :mod:`resfuse.guards` whether the fusion would be seen (a hook, a replaced child, a tracer,
+a device without kernels), and where it would, runs the stock forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _torch_module
 from torch.nn.modules.batchnorm import _NormBase
 
-from resfuse import backends, functional
-from resfuse._checks import check_activation_name, check_eps, check_momentum, check_window
-from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
+from resfuse import functional, guards
+from resfuse._checks import check_activation_name, check_eps, check_momentum
+from resfuse.guards import Parts
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 
 
 def conv_parameters(conv: nn.Conv2d) -> Conv2dParameters:
@@ -161,9 +160,10 @@ class ConvBNAct2d(nn.Module):
         self.activation = activation
         self.backend = backend
 
+    fused_parts = Parts(("conv",), ("bn",))
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        reason = why_stock(self, x, self.backend, ("conv",), ("bn",), ())
-        if reason is not None:
+        if guards.why_stock(x, guards.why_stock_children(self, self.fused_parts), self.backend) is not None:
             return self._stock_forward(x, residual)
         conv, bn = conv_parameters(self.conv), batch_norm_parameters(self.bn)
         return functional.conv_bn_act(x, conv, bn, residual, activation=self.activation, backend=self.backend)
@@ -182,141 +182,39 @@ def _backend_repr(backend: str | None) -> str:
     return "" if backend is None else f", backend={backend!r}"
 
 
-def _why_not_child(child: nn.Module | None, name: str, wanted: type[nn.Module]) -> str | None:
-    """Why a child cannot be replaced by a fused call: its type is not exactly `wanted`, or something hooks its call."""
-    if type(child) is not wanted:
-        return f"{name} is a {type(child).__name__}, not a {wanted.__name__}"
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-        return f"{name} has a hook"
-    if "forward" in child.__dict__:
-        return f"{name} has its own forward"
-    return None
-
-
-def _why_not_conv(conv: nn.Module | None, name: str) -> str | None:
-    reason = _why_not_child(conv, name, nn.Conv2d)
-    if reason is None and conv.padding_mode != "zeros":  # type: ignore[union-attr]
-        return f"{name} pads with {conv.padding_mode!r}, not zeros"  # type: ignore[union-attr]
-    return reason
-
-
-def _why_not_norm(bn: nn.Module | None, name: str) -> str | None:
-    reason = _why_not_child(bn, name, nn.BatchNorm2d)
-    if reason is not None:
-        return reason
-    assert isinstance(bn, nn.BatchNorm2d)
-    if not bn.eps > 0 or not (bn.momentum is None or 0 <= bn.momentum <= 1):
-        return f"{name} has eps {bn.eps} and momentum {bn.momentum}"  # stock computes with any number
-    return None
-
-
-def why_stock_children(
-    block: nn.Module, convs: tuple[str, ...], norms: tuple[str, ...], activations: tuple[str, ...]
-) -> str | None:
-    """Why a block's children keep it from being fused; None where they do not."""
-    children = block._modules
-    for name in convs:
-        if (reason := _why_not_conv(children.get(name), name)) is not None:
-            return reason
-    for name in norms:
-        if (reason := _why_not_norm(children.get(name), name)) is not None:
-            return reason
-    for name in activations:
-        if (reason := _why_not_child(children.get(name), name, nn.ReLU)) is not None:
-            return reason
-    return _why_not_projection(children.get("downsample"))
-
-
-def _is_projection(downsample: nn.Module | None) -> bool:
-    """Whether the shortcut is a Sequential of a convolution and a batch normalisation."""
-    return (
-        type(downsample) is nn.Sequential
-        and len(downsample) == 2
-        and type(downsample[0]) is nn.Conv2d
-        and type(downsample[1]) is nn.BatchNorm2d
-    )
-
-
-def _why_not_projection(downsample: nn.Module | None) -> str | None:
-    if downsample is None or not _is_projection(downsample):
-        return None  # a shortcut of any other kind is called as it is
-    conv, bn = downsample._modules["0"], downsample._modules["1"]
-    return (
-        _why_not_child(downsample, "downsample", nn.Sequential)
-        or _why_not_conv(conv, "downsample.0")
-        or _why_not_norm(bn, "downsample.1")
-    )
-
-
-def _why_not_pool(pool: object, x: Tensor, backend: str | None) -> str | None:
-    """Why the stem's maxpool is called as it is, after the fused rest."""
-    reason = _why_not_child(pool, "maxpool", nn.MaxPool2d)  # type: ignore[arg-type]
-    if reason is not None:
-        return reason
-    assert isinstance(pool, nn.MaxPool2d)
-    if pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
-        return "maxpool dilates, rounds up or returns indices"
-    try:
-        check_window(pool.kernel_size, pool.stride, pool.padding)
-    except (TypeError, ValueError) as error:
-        return f"maxpool: {error}"
-    return backends.missing("bn_relu_maxpool", backend or "native", x.device.type, x.dtype)
-
-
-def why_stock_anywhere() -> str | None:
-    """Why every block runs stock at present."""
-    return "a global module hook is registered" if _torch_module._has_any_global_hook() else None
-
-
-def why_stock_input(device: str, dtype: torch.dtype, backend: str | None) -> str | None:
-    """Why no backend serves activations on this device in this dtype; a requested backend is left to raise."""
-    if functional.autocasts(device):
-        dtype = torch.get_autocast_dtype(device)
-    if backend is None and (reason := backends.missing("bn_act", "native", device, dtype)) is not None:
-        return f"no backend serves {dtype} on {device}: {reason}"
-    return None
-
-
-def why_stock(
-    block: nn.Module,
-    x: Tensor,
-    backend: str | None,
-    convs: tuple[str, ...],
-    norms: tuple[str, ...],
-    activations: tuple[str, ...],
-) -> str | None:
-    """Why this call of a block runs its stock forward; None where it runs fused."""
-    if isinstance(x, torch.fx.Proxy):
-        return "the model is being traced by torch.fx"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return "the model is being exported"
-    reason = why_stock_anywhere() or why_stock_children(block, convs, norms, activations)
-    return reason or why_stock_input(x.device.type, x.dtype, backend)
-
-
 class FusedBlock:
-    """What fused blocks share: the names of the children that the fused call replaces, and the reasons not to.
+    """What fused blocks share: which children the fused call replaces, and the reasons not to.
 
     Attributes:
-        fused_convs, fused_norms, fused_activations: names of children, in the order of the forward pass.
+        fused_parts: what :meth:`parts_of` says of every block of the class.
         _resfuse_backend, _resfuse_folding: what `fuse` was given.
     """
 
-    fused_convs: tuple[str, ...]
-    fused_norms: tuple[str, ...]
-    fused_activations: tuple[str, ...] = ("relu",)
+    fused_parts = Parts()
     _resfuse_backend: str | None = None
     _resfuse_folding: bool | None = None
 
-    def why_stock(self, x: Tensor) -> str | None:
-        """Why a call with x runs the stock forward; None where it runs fused."""
-        names = (self.fused_convs, self.fused_norms, self.fused_activations)
-        return why_stock(self, x, self._resfuse_backend, *names)  # type: ignore[arg-type]
+    @classmethod
+    def parts_of(cls, block: Any) -> Parts:
+        """The children that the fused call replaces, of a block whose class may still be the stock one."""
+        return cls.fused_parts
 
     @classmethod
-    def why_stock_children(cls, block: nn.Module) -> str | None:
+    def why_stock_children(cls, block: Any) -> str | None:
         """Why the children of `block` keep it from being fused; None where they do not."""
-        return why_stock_children(block, cls.fused_convs, cls.fused_norms, cls.fused_activations)
+        return guards.why_stock_children(block, cls.parts_of(block))
+
+    def why_stock(self, x: Tensor) -> str | None:
+        """Why a call with x runs the stock forward; None where it runs fused."""
+        return guards.why_stock(x, self.why_stock_children(self), self._resfuse_backend)
+
+    def _fused_layers(self) -> list[tuple[Conv2dParameters, BatchNorm2dParameters]]:
+        """The parameters of the convolutions, each with its normalisation."""
+        children, parts = self._modules, self.parts_of(self)  # type: ignore[attr-defined]
+        return [
+            (conv_parameters(children[conv]), batch_norm_parameters(children[bn]))
+            for conv, bn in zip(parts.convs, parts.norms, strict=True)
+        ]
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script asks for what to script instead, and puts it into the caller's own containers: a stock block
@@ -327,65 +225,88 @@ class FusedBlock:
         )
 
 
+def projection_parameters(downsample: Any) -> tuple[Conv2dParameters, BatchNorm2dParameters] | None:
+    """The parameters of a projection shortcut; None where the module is of another kind and is called as it is."""
+    if not guards.is_projection(downsample):
+        return None
+    return conv_parameters(downsample[0]), batch_norm_parameters(downsample[1])
+
+
 class FusedResidual(FusedBlock):
     """The forward of a residual block with children conv1, bn1, ..., relu and downsample."""
-
-    compose: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.why_stock(x) is not None:
             return super().forward(x)  # type: ignore[misc]
-        children = self._modules  # type: ignore[attr-defined]
-        layers: list[Any] = []
-        for conv, bn in zip(self.fused_convs, self.fused_norms, strict=True):
-            layers += conv_parameters(children[conv]), batch_norm_parameters(children[bn])
-        downsample = children.get("downsample")
-        shortcut: Any = None
-        if downsample is not None:
-            if _is_projection(downsample):
-                shortcut = conv_parameters(downsample[0]), batch_norm_parameters(downsample[1])
-            else:
-                shortcut = downsample(x)
-        choice: dict[str, Any] = {"backend": self._resfuse_backend}
-        if self._resfuse_folding is not None:
-            choice["folding"] = self._resfuse_folding
-        return self.compose(x, *layers, shortcut, **choice)
+        downsample = self._modules.get("downsample")  # type: ignore[attr-defined]
+        shortcut = x if downsample is None else projection_parameters(downsample) or downsample(x)
+        choice: Any = {"backend": self._resfuse_backend, "folding": self._resfuse_folding}
+        return functional.conv_bn_act_chain(x, self._fused_layers(), shortcut, **choice)
 
 
 class FusedBasicBlock(FusedResidual):
     """Mixin for a block of two convolutions."""
 
-    fused_convs = ("conv1", "conv2")
-    fused_norms = ("bn1", "bn2")
-    compose = staticmethod(functional.basic_block)
+    fused_parts = Parts(("conv1", "conv2"), ("bn1", "bn2"), ("relu",))
 
 
 class FusedBottleneck(FusedResidual):
     """Mixin for a block of three convolutions."""
 
-    fused_convs = ("conv1", "conv2", "conv3")
-    fused_norms = ("bn1", "bn2", "bn3")
-    compose = staticmethod(functional.bottleneck)
+    fused_parts = Parts(("conv1", "conv2", "conv3"), ("bn1", "bn2", "bn3"), ("relu",))
 
 
 class FusedStem(FusedBlock):
     """Mixin for a network whose stem is conv1, bn1 and relu, and maybe maxpool."""
 
-    fused_convs = ("conv1",)
-    fused_norms = ("bn1",)
+    fused_parts = Parts(("conv1",), ("bn1",), ("relu",))
 
     def fused_stem(self, x: Tensor) -> Tensor:
         """relu(bn1(conv1(x)))."""
-        children = self._modules  # type: ignore[attr-defined]
-        conv, bn = conv_parameters(children["conv1"]), batch_norm_parameters(children["bn1"])
-        return functional.conv_bn_act(x, conv, bn, backend=self._resfuse_backend)
+        return functional.conv_bn_act(x, *self._fused_layers()[0], backend=self._resfuse_backend)
 
     def fused_pooled_stem(self, x: Tensor) -> Tensor:
-        """maxpool(relu(bn1(conv1(x)))). A maxpool that cannot be replaced, such as a hooked one, is called."""
-        pool, backend = self.maxpool, self._resfuse_backend  # type: ignore[attr-defined]
-        if _why_not_pool(pool, x, backend) is not None:
-            return pool(self.fused_stem(x))
-        children = self._modules  # type: ignore[attr-defined]
-        conv, bn = conv_parameters(children["conv1"]), batch_norm_parameters(children["bn1"])
-        window = (pool.kernel_size, pool.stride, pool.padding)
-        return functional.conv_bn_relu_maxpool(x, conv, bn, *window, backend=backend)
+        """maxpool(relu(bn1(conv1(x))))."""
+        return pooled(x, self._fused_layers()[0], self.maxpool, self._resfuse_backend)  # type: ignore[attr-defined]
+
+
+def pooled(x: Tensor, layer: tuple[Conv2dParameters, BatchNorm2dParameters], pool: Any, backend: str | None) -> Tensor:
+    """pool(relu(bn(conv(x)))). A pool that cannot be replaced, such as a hooked one, is called."""
+    if guards.why_not_pool(pool, x, backend) is not None:
+        return pool(functional.conv_bn_act(x, *layer, backend=backend))
+    window = (pool.kernel_size, pool.stride, pool.padding)
+    return functional.conv_bn_relu_maxpool(x, *layer, *window, backend=backend)
+
+
+class HandsOn(FusedBlock):
+    """Mixin for a block that takes its input's moments and hands on its output's, where they are known."""
+
+    def forward(self, x: Any) -> Tensor:
+        return self.run(x, None, False)[0]
+
+    def run(self, x: Any, moments: Any, wanted: bool) -> tuple[Tensor, Moments | None]:
+        """The forward pass of x, whose moments may be given; the output's are returned where `wanted`, if known."""
+        raise NotImplementedError
+
+
+def run(module: nn.Module, x: Any, moments: Any, wanted: bool = True) -> tuple[Tensor, Moments | None]:
+    """module(x), with moments handed from block to block where nothing else watches the calls.
+
+    Args:
+        module (nn.Module): any; a plain Sequential is gone through, a :class:`HandsOn` is given `moments`. One that has
+            a hook or a forward of its own, or was compiled by itself, is called.
+        x (Tensor): its input.
+        moments (Moments | None): x's, if known.
+        wanted (bool): whether the output's are of use.
+
+    Returns:
+        tuple[Tensor, Moments | None]: the output and its moments, if known.
+    """
+    watched = guards.why_not_child(module, "", type(module)) is not None or module._compiled_call_impl is not None
+    if not watched and isinstance(module, HandsOn):
+        return module.run(x, moments, wanted and module.training)
+    if watched or type(module) is not nn.Sequential:
+        return module(x), None
+    for child in module:
+        x, moments = run(child, x, moments, wanted)
+    return x, moments

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from resfuse import functional, nn
+from resfuse import functional, guards, nn
+from resfuse.guards import Parts
 from resfuse.models import BasicBlock, BNReLU, Bottleneck, CifarResNet, PlainBlock, ResNet
+from resfuse.parameters import Moments
 
 
 class FusedBasicBlock(nn.FusedBasicBlock, BasicBlock):
@@ -21,30 +23,24 @@ class FusedBottleneck(nn.FusedBottleneck, Bottleneck):
 class FusedPlainBlock(nn.FusedBlock, PlainBlock):
     """PlainBlock, fused."""
 
-    fused_convs = nn.FusedBasicBlock.fused_convs
-    fused_norms = nn.FusedBasicBlock.fused_norms
+    fused_parts = nn.FusedBasicBlock.fused_parts
 
     def forward(self, x: Tensor) -> Tensor:
         if self.why_stock(x) is not None:
             return super().forward(x)
-        children: Any = self._modules
-        for conv, bn in zip(self.fused_convs, self.fused_norms, strict=True):
-            layer = nn.conv_parameters(children[conv]), nn.batch_norm_parameters(children[bn])
-            x = functional.conv_bn_act(x, *layer, backend=self._resfuse_backend)
-        return x
+        return functional.conv_bn_act_chain(x, self._fused_layers(), backend=self._resfuse_backend)
 
 
-class FusedBNReLU(nn.FusedBlock, BNReLU):
+class FusedBNReLU(nn.HandsOn, BNReLU):
     """BNReLU, fused."""
 
-    fused_convs = ()
-    fused_norms = ("bn",)
+    fused_parts = Parts((), ("bn",), ("relu",))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
         if self.why_stock(x) is not None:
-            return super().forward(x)
+            return BNReLU.forward(self, x), None
         bn: Any = self.bn
-        return functional.bn_act(x, nn.batch_norm_parameters(bn), backend=self._resfuse_backend)
+        return functional.bn_act(x, nn.batch_norm_parameters(bn), moments=moments, backend=self._resfuse_backend), None
 
 
 class FusedResNet(nn.FusedStem, ResNet):
@@ -57,12 +53,21 @@ class FusedResNet(nn.FusedStem, ResNet):
 
 
 class FusedCifarResNet(nn.FusedStem, CifarResNet):
-    """CifarResNet with a fused stem."""
+    """CifarResNet with a fused stem, whose units hand their moments on, across stages and into the tail."""
 
     def _stem(self, x: Tensor) -> Tensor:
         if self.why_stock(x) is not None:
             return super()._stem(x)
         return self.fused_stem(x)
+
+    def _body(self, x: Tensor) -> Tensor:
+        if guards.why_stock_call(x) is not None:
+            return super()._body(x)
+        moments = None
+        for part in (self.layer1, self.layer2, self.layer3, self.tail):
+            if part is not None:
+                x, moments = nn.run(part, x, moments)
+        return x
 
 
 FUSED = {

@@ -123,14 +123,13 @@ class CifarResNet(nn.Module):
     def _stem(self, x: Tensor) -> Tensor:
         return self.relu(self.bn1(self.conv1(x)))
 
+    def _body(self, x: Tensor) -> Tensor:
+        for part in (self.layer1, self.layer2, self.layer3, self.tail):
+            x = x if part is None else part(x)
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self._stem(x)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        if self.tail is not None:
-            x = self.tail(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(torch.flatten(self.avgpool(self._body(self._stem(x))), 1))
 
 
 def _make_tail(before: str, channels: int, norm: NormLayer) -> nn.Module | None:

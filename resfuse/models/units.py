@@ -77,6 +77,7 @@ class ResidualUnit(nn.Module):
             convs.append(conv1x1(planes, 4 * planes))
         else:
             convs = [conv3x3(inplanes, planes, stride), conv3x3(planes, planes)]
+        self.order = order
         self.entry = () if entered else self._add(order.before, inplanes, norm)
         path: list[str] = []
         for i, conv in enumerate(convs, 1):
