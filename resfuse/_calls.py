@@ -100,6 +100,8 @@ def add_moments(x: Tensor, residual: Tensor | None, backend: str | None) -> tupl
     if serving_backend("bn_act", x, backend) == "reference":
         out, *found = reference.add_moments(x, residual)
         return out, Moments(*found)
+    if x.numel() == 0:
+        return x if residual is None else x + residual, Moments(*reference.empty_moments(x))
     x = as_dense(x)
     if residual is None:
         return x, Moments(*MomentsFunction.apply(x))

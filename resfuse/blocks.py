@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from resfuse import _checks, raw_chain
-from resfuse._calls import add_moments, autocasts, beside, bn_act, convolve
+from resfuse._calls import add_moments, autocasts, bn_act, convolve
 from resfuse.backends import choose
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 from resfuse.reference import PreactLayer, Shortcut
@@ -266,4 +266,4 @@ def preact_block(
     added: Any = convolve(first, projection) if projection is not None else shortcut
     if return_moments:
         return add_moments(y, added, backend)
-    return y if added is None else y + beside(added, y)
+    return y if added is None else y + added.to(y.dtype)

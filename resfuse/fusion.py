@@ -10,14 +10,14 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resfuse.backends import BACKENDS, missing
 from resfuse.guards import why_stock_anywhere, why_stock_children, why_stock_input
-from resfuse.nn import ConvBNAct2d, FusedBlock, FusedStem, conv_parameters
+from resfuse.nn import ConvBNAct2d, FusedBlock, conv_parameters
 from resfuse.raw_chain import why_not_convs
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,6 +28,8 @@ _INTEGRATIONS = {
     "resfuse.models.resnet": "resfuse.integrations.models",
     "resfuse.models.cifar": "resfuse.integrations.models",
     "resfuse.models.units": "resfuse.integrations.units",
+    "resfuse.models.vgg": "resfuse.integrations.vgg",
+    "resfuse.models.densenet": "resfuse.integrations.densenet",
 }
 _registered: dict[type[nn.Module], type[FusedBlock]] = {}
 
@@ -122,7 +124,7 @@ def _why_stock(module: nn.Module, backend: str | None) -> str | None:
     """Why a block, fused with this backend, would run stock if called now in its parameters' device and dtype."""
     known = _known_class(module)
     if known is not None:
-        reason = known.why_stock_children(module)
+        reason = known.why_stock_children(module) or known.why_stock_mode(module)
     elif type(module) is ConvBNAct2d:  # fused by itself
         reason, backend = why_stock_children(module, module.fused_parts), module.backend
     else:
@@ -156,19 +158,24 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(tuple(reports))
 
 
-def _convolutions(module: nn.Module) -> str:
+def _convolutions(module: Any) -> str:
     """Who computes the convolutions of a fused block, for activations in its parameters' device and dtype."""
-    convs = [conv_parameters(m) for m in module.modules() if type(m) is nn.Conv2d]
-    if isinstance(module, FusedStem) or not convs:
+    stretches = module.stretches_of(module) if isinstance(module, FusedBlock) else [[module.conv]]
+    stretches = [convs for convs in stretches if convs]
+    if not stretches:
         return ""
-    weight = convs[0].weight
     if getattr(module, "_resfuse_backend", None) == "reference":
         return "torch: the reference was asked for"
-    reason = why_not_convs(convs, weight.device.type, weight.dtype)
-    if reason is not None:
-        return f"torch: {reason}"
+    reasons = [
+        why_not_convs([conv_parameters(conv) for conv in convs], convs[0].weight.device.type, convs[0].weight.dtype)
+        for convs in stretches
+    ]
+    left = [reason for reason in reasons if reason is not None]
+    if len(left) == len(reasons):
+        return f"torch: {left[0]}"
     folding = getattr(module, "_resfuse_folding", None)
-    return "tiles" if folding is None else f"tiles, folding {'wherever possible' if folding else 'nothing'}"
+    how = "tiles" if folding is None else f"tiles, folding {'wherever possible' if folding else 'nothing'}"
+    return f"{how}; torch in {len(left)} of {len(reasons)} stretches: {left[0]}" if left else how
 
 
 def fuse(

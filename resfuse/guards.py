@@ -126,6 +126,6 @@ def why_stock_call(x: Tensor) -> str | None:
     return why_stock_anywhere()
 
 
-def why_stock(x: Tensor, children: str | None, backend: str | None) -> str | None:
-    """Why a call with x runs a block's stock forward; `children`: why its children want it to."""
-    return why_stock_call(x) or children or why_stock_input(x.device.type, x.dtype, backend)
+def why_stock(x: Tensor, block: str | None, backend: str | None) -> str | None:
+    """Why a call with x runs a block's stock forward; `block` is the reason that the block itself gives."""
+    return why_stock_call(x) or block or why_stock_input(x.device.type, x.dtype, backend)

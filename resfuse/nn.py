@@ -204,9 +204,20 @@ class FusedBlock:
         """Why the children of `block` keep it from being fused; None where they do not."""
         return guards.why_stock_children(block, cls.parts_of(block))
 
+    @classmethod
+    def why_stock_mode(cls, block: Any) -> str | None:
+        """Why `block` runs stock in its present mode, training or eval, though its children could be fused."""
+        return None
+
     def why_stock(self, x: Tensor) -> str | None:
         """Why a call with x runs the stock forward; None where it runs fused."""
-        return guards.why_stock(x, self.why_stock_children(self), self._resfuse_backend)
+        reason = self.why_stock_children(self) or self.why_stock_mode(self)
+        return guards.why_stock(x, reason, self._resfuse_backend)
+
+    @classmethod
+    def stretches_of(cls, block: Any) -> list[list[nn.Conv2d]]:
+        """The convolutions that tile kernels may compute, in lists of those that only serve together."""
+        return [[module for module in block.modules() if type(module) is nn.Conv2d]]
 
     def _fused_layers(self) -> list[tuple[Conv2dParameters, BatchNorm2dParameters]]:
         """The parameters of the convolutions, each with its normalisation."""
@@ -261,6 +272,10 @@ class FusedStem(FusedBlock):
 
     fused_parts = Parts(("conv1",), ("bn1",), ("relu",))
 
+    @classmethod
+    def stretches_of(cls, block: Any) -> list[list[nn.Conv2d]]:
+        return []
+
     def fused_stem(self, x: Tensor) -> Tensor:
         """relu(bn1(conv1(x)))."""
         return functional.conv_bn_act(x, *self._fused_layers()[0], backend=self._resfuse_backend)
@@ -284,17 +299,25 @@ class HandsOn(FusedBlock):
     def forward(self, x: Any) -> Tensor:
         return self.run(x, None, False)[0]
 
+    def _stock_forward(self, x: Any) -> Tensor:
+        return super().forward(x)  # type: ignore[misc]
+
     def run(self, x: Any, moments: Any, wanted: bool) -> tuple[Tensor, Moments | None]:
         """The forward pass of x, whose moments may be given; the output's are returned where `wanted`, if known."""
         raise NotImplementedError
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether it would be seen that a module is not called: by a hook, its own forward, or since it was compiled."""
+    return guards.why_not_child(module, "", type(module)) is not None or module._compiled_call_impl is not None
 
 
 def run(module: nn.Module, x: Any, moments: Any, wanted: bool = True) -> tuple[Tensor, Moments | None]:
     """module(x), with moments handed from block to block where nothing else watches the calls.
 
     Args:
-        module (nn.Module): any; a plain Sequential is gone through, a :class:`HandsOn` is given `moments`. One that has
-            a hook or a forward of its own, or was compiled by itself, is called.
+        module (nn.Module): any; a plain Sequential is gone through, a :class:`HandsOn` is given `moments`, and one that
+            is watched is called.
         x (Tensor): its input.
         moments (Moments | None): x's, if known.
         wanted (bool): whether the output's are of use.
@@ -302,7 +325,7 @@ def run(module: nn.Module, x: Any, moments: Any, wanted: bool = True) -> tuple[T
     Returns:
         tuple[Tensor, Moments | None]: the output and its moments, if known.
     """
-    watched = guards.why_not_child(module, "", type(module)) is not None or module._compiled_call_impl is not None
+    watched = is_watched(module)
     if not watched and isinstance(module, HandsOn):
         return module.run(x, moments, wanted and module.training)
     if watched or type(module) is not nn.Sequential:

@@ -166,11 +166,7 @@ def test_explain_says_what_of_the_other_families_runs_stock():
         return {block.type: block.reason for block in resfuse.explain(resfuse.fuse(model)).blocks if not block.fused}
 
     assert left(models.CifarResNet(8, shortcut=None)) == {}
-    for model, kinds in (
-        (models.CifarResNet(8, unit="highway"), {"HighwayBlock"}),
-        (models.DenseNet(4, (1, 1, 1, 1), 8, 2), {"DenseFeatures", "DenseLayer", "Transition"}),
-        (models.VGG((1, 1, 1, 1, 1), dropout=0.0), {"VGGFeatures"}),
-    ):
+    for model, kinds in ((models.CifarResNet(8, unit="highway"), {"HighwayBlock"}),):
         assert left(model) == {kind: f"resfuse has no fused {kind}" for kind in kinds}
 
 

@@ -38,7 +38,7 @@ class FusedBNReLU(nn.HandsOn, BNReLU):
 
     def run(self, x: Tensor, moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
         if self.why_stock(x) is not None:
-            return BNReLU.forward(self, x), None
+            return self._stock_forward(x), None
         bn: Any = self.bn
         return functional.bn_act(x, nn.batch_norm_parameters(bn), moments=moments, backend=self._resfuse_backend), None
 

@@ -41,7 +41,7 @@ class FusedResidualUnit(nn.HandsOn, ResidualUnit):
 
     def run(self, x: Tensor, moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
         if self.why_stock(x) is not None:
-            return ResidualUnit.forward(self, x), None
+            return self._stock_forward(x), None
         return _COMPOSITIONS[self.order](self, x, moments, wanted)
 
     def _through_downsample(self, x: Tensor) -> Tensor:

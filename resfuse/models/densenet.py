@@ -164,9 +164,11 @@ class DenseNet(nn.Module):
         initialise(self, mode="fan_in")
         nn.init.zeros_(self.classifier.bias)
 
+    def _activated(self, x: Tensor) -> Tensor:
+        return F.relu(self.features(x), inplace=True)
+
     def forward(self, x: Tensor) -> Tensor:
-        features = F.relu(self.features(x), inplace=True)
-        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1))
+        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(self._activated(x), (1, 1)), 1))
 
 
 BUILDERS = {

@@ -1,0 +1,159 @@
+"""Fused subclasses of :mod:`resfuse.models.densenet`: raw activations and their moments are concatenated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Conv2d
+
+from resfuse import functional, nn
+from resfuse.guards import Parts
+from resfuse.models.densenet import DenseBlock, DenseFeatures, DenseLayer, DenseNet, Transition
+from resfuse.parameters import Moments
+
+
+class FusedDenseLayer(nn.HandsOn, DenseLayer):
+    """DenseLayer, fused: a pre-activation unit without shortcut, whose input are the raw features, concatenated."""
+
+    fused_parts = Parts(("conv1", "conv2"), ("norm1", "norm2"), ("relu1", "relu2"))
+
+    @classmethod
+    def why_stock_children(cls, block: Any) -> str | None:
+        if block.memory_efficient:
+            return "memory_efficient: what it concatenates is computed again in backward"
+        return super().why_stock_children(block)
+
+    @classmethod
+    def why_stock_mode(cls, block: Any) -> str | None:
+        return "dropout changes its output in training" if block.drop_rate > 0 and block.training else None
+
+    def run(self, x: list[Tensor], moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
+        if self.why_stock(x[0]) is not None:
+            return self._stock_forward(x), None
+        features = x[0] if len(x) == 1 else torch.cat(x, 1)
+        layers = [(bn, conv) for conv, bn in self._fused_layers()]
+        found = functional.preact_block(
+            features, layers, moments=moments, return_moments=wanted, backend=self._resfuse_backend
+        )
+        return found if wanted else (found, None)
+
+
+class FusedDenseBlock(nn.HandsOn, DenseBlock):
+    """DenseBlock that hands moments on: each feature's are taken once, where it is written, not by all its readers."""
+
+    @classmethod
+    def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
+        return []
+
+    def run(self, x: Tensor, moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
+        if self.why_stock(x) is not None:
+            return self._stock_forward(x), None
+        features, known = [x], [moments]
+        for layer in self.values():
+            given = None
+            reads = isinstance(layer, FusedDenseLayer) and layer.training and layer.why_stock(x) is None
+            if reads and x.numel() > 0:
+                known = self._moments(features, known)
+                given = _concatenated(known)
+            out, found = nn.run(layer, features, given)
+            features.append(out)
+            known.append(found)
+        return torch.cat(features, 1), _concatenated(known) if wanted else None
+
+    def _moments(self, features: list[Tensor], known: list[Moments | None]) -> list[Moments | None]:
+        """The moments of all features; those that nobody handed on are taken."""
+        pairs = zip(features, known, strict=True)
+        return [functional.moments(f, backend=self._resfuse_backend) if m is None else m for f, m in pairs]
+
+
+def _concatenated(parts: list[Moments | None]) -> Moments | None:
+    """The moments of a concatenation, if those of all its parts are known."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    means, variances = zip(*known, strict=True)
+    return Moments(torch.cat(means), torch.cat(variances))
+
+
+class FusedTransition(nn.HandsOn, Transition):
+    """Transition, fused: a pre-activation unit of one layer, and its pool."""
+
+    fused_parts = Parts(("conv",), ("norm",), ("relu",))
+
+    @classmethod
+    def why_stock_children(cls, block: Any) -> str | None:
+        if list(block._modules) != ["norm", "relu", "conv", "pool"]:
+            return f"its children are {', '.join(block._modules)}"
+        return super().why_stock_children(block)
+
+    def run(self, x: Tensor, moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
+        if self.why_stock(x) is not None:
+            return self._stock_forward(x), None
+        conv, bn = self._fused_layers()[0]
+        backend = self._resfuse_backend
+        out = functional.preact_block(x, [(bn, conv)], moments=moments, return_moments=False, backend=backend)
+        return self.pool(out), None
+
+
+class FusedDenseFeatures(nn.FusedBlock, DenseFeatures):
+    """DenseFeatures with a fused stem, whose blocks hand their moments on, up to the last normalisation."""
+
+    fused_parts = Parts(("conv0",), ("norm0", "norm5"), ("relu0",))
+
+    @classmethod
+    def why_stock_children(cls, block: Any) -> str | None:
+        names = list(block._modules)
+        if names[:4] != ["conv0", "norm0", "relu0", "pool0"] or names[-1] != "norm5":
+            return f"its children are {', '.join(names)}"
+        return super().why_stock_children(block)
+
+    @classmethod
+    def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
+        return []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.why_stock(x) is not None else self.ending_in(x, "identity")
+
+    def ending_in(self, x: Tensor, activation: str) -> Tensor:
+        """act(norm5(...)), fused."""
+        children: list[Any] = list(self._modules.values())
+        conv0, norm0, _, pool0, *blocks, norm5 = children
+        stem = nn.conv_parameters(conv0), nn.batch_norm_parameters(norm0)
+        x, moments = nn.pooled(x, stem, pool0, self._resfuse_backend), None
+        for block in blocks:
+            x, moments = nn.run(block, x, moments)
+        bn = nn.batch_norm_parameters(norm5)
+        return functional.bn_act(x, bn, activation=activation, moments=moments, backend=self._resfuse_backend)
+
+
+class FusedDenseNet(nn.FusedBlock, DenseNet):
+    """DenseNet whose last normalisation and ReLU are one pass, unless something watches its features."""
+
+    @classmethod
+    def why_stock_children(cls, block: Any) -> str | None:
+        features = block.features
+        if not isinstance(features, DenseFeatures):
+            return f"features is a {type(features).__name__}, not a DenseFeatures"
+        reason = FusedDenseFeatures.why_stock_children(features)
+        return None if reason is None else f"features: {reason}"
+
+    @classmethod
+    def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
+        return []
+
+    def _activated(self, x: Tensor) -> Tensor:
+        features: Any = self.features
+        if isinstance(features, FusedDenseFeatures) and not nn.is_watched(features) and features.why_stock(x) is None:
+            return features.ending_in(x, "relu")
+        return super()._activated(x)
+
+
+FUSED = {
+    DenseLayer: FusedDenseLayer,
+    DenseBlock: FusedDenseBlock,
+    Transition: FusedTransition,
+    DenseFeatures: FusedDenseFeatures,
+    DenseNet: FusedDenseNet,
+}
