@@ -68,7 +68,8 @@ class BlockReport:
     """How one block runs: its qualified name ("" is the model itself), its stock class, and why it is not fused.
 
     convolutions says who computes those of a fused block: "tiles" (activations travel raw between them, if they are
-    channels_last), or "torch" and why; which 1x1 convolutions fold is :func:`resfuse.backends.folds`'s decision.
+    channels_last), or "torch" and why, or how many stretches of a long block are torch's; which 1x1
+    convolutions fold is :func:`resfuse.backends.folds`'s decision.
     """
 
     name: str
@@ -188,11 +189,11 @@ def fuse(
 ) -> M:
     """Fuse the blocks of a model in place; parameters, buffers and hooks stay the same objects.
 
-    Known blocks: BasicBlock, Bottleneck and the stem of torchvision's ResNets and of :mod:`resfuse.models`, and those
-    given to :func:`register_block`. A block whose children it cannot replace (another normalisation, a hook, a
-    parametrization) stays stock, and so does, call by call, a block on a device or in a dtype that no backend serves;
-    :func:`explain` says why. Call it after loading weights and before torch.compile, DDP or FSDP. torch.jit.script
-    refuses a fused block: script the model unfused, or trace or export it.
+    Known blocks: BasicBlock, Bottleneck and the stem of torchvision's ResNets; all blocks of :mod:`resfuse.models` but
+    the highway's; and those given to :func:`register_block`. A block whose children it cannot replace (another
+    normalisation, a hook, a parametrization) stays stock, and so does, call by call, a block on a device or in a dtype
+    that no backend serves; :func:`explain` says why. Call it after loading weights and before torch.compile, DDP or
+    FSDP. torch.jit.script refuses a fused block: script the model unfused, or trace or export it.
 
     Args:
         model (nn.Module): changed in place.

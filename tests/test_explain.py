@@ -9,6 +9,7 @@ from torch import nn
 
 import resfuse
 from resfuse import backends, fusion, models, ops
+from resfuse.models.vgg import VGGFeatures
 from resfuse.nn import ConvBNAct2d, FusedBasicBlock
 
 
@@ -161,13 +162,16 @@ def test_explain_says_who_convolves_and_fuse_takes_folding():
     assert not [name for name in model[0].__dict__ if "resfuse" in name]
 
 
-def test_explain_says_what_of_the_other_families_runs_stock():
-    def left(model):
-        return {block.type: block.reason for block in resfuse.explain(resfuse.fuse(model)).blocks if not block.fused}
-
-    assert left(models.CifarResNet(8, shortcut=None)) == {}
-    for model, kinds in ((models.CifarResNet(8, unit="highway"), {"HighwayBlock"}),):
-        assert left(model) == {kind: f"resfuse has no fused {kind}" for kind in kinds}
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+def test_explain_counts_the_stretches_of_a_long_block(monkeypatch):
+    monkeypatch.setattr(backends, "_TILE_CHANNELS", dict.fromkeys(ops.tile_dtypes, 64))
+    (block,) = resfuse.explain(resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1)))).blocks
+    assert block.convolutions.startswith("tiles; torch in 1 of 2 stretches: ") and "below 64" in block.convolutions
+    (block,) = resfuse.explain(resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1), (8, 8, 8, 8, 8)))).blocks
+    assert block.convolutions.startswith("torch: ")
+    assert not {b.convolutions for b in resfuse.explain(resfuse.fuse(models.CifarResNet(8))).blocks if not b.name} - {
+        ""
+    }
 
 
 @pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
@@ -178,3 +182,8 @@ def test_explain_says_why_a_grouped_convolution_stays_torchs(monkeypatch):
     assert model[1].conv2.weight.shape[1] == 2
     assert first.convolutions == "tiles"
     assert second.convolutions == "torch: torch is faster below 3 channels per group in torch.float32, here 2"
+
+
+def test_explain_says_what_of_a_highway_runs_stock():
+    blocks = resfuse.explain(resfuse.fuse(models.CifarResNet(8, unit="highway"))).blocks
+    assert {b.type: b.reason for b in blocks if not b.fused} == {"HighwayBlock": "resfuse has no fused HighwayBlock"}

@@ -35,8 +35,21 @@ struct alignas(kWidth * sizeof(T)) Vector {
 
 template <class T, int kWidth>
 __device__ __forceinline__ Vector<T, kWidth> load_vector(const T* base, int64_t index) {
-  static_assert(sizeof(Vector<T, kWidth>) <= kVectorBytes, "one access");
-  return reinterpret_cast<const Vector<T, kWidth>*>(base)[index];
+  using V = Vector<T, kWidth>;
+  static_assert(sizeof(V) <= kVectorBytes, "one access");
+  const V* from = reinterpret_cast<const V*>(base) + index;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(V) == kVectorBytes) {  // opaque: the compiler would split it where values are used one by one
+    uint4 bits;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(__cvta_generic_to_global(from)));
+    V vector;
+    memcpy(&vector, &bits, sizeof vector);
+    return vector;
+  }
+#endif
+  return *from;
 }
 
 template <class T, int kWidth>

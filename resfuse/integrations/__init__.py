@@ -1,1 +1,1 @@
-"""Fused subclasses of the blocks of one library per module, imported only when a model holds such blocks."""
+"""Fused subclasses of the blocks of one library or family per module, imported when a model holds such blocks."""
