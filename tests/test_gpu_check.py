@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_report import load_script
 from test_ops import NAMES
+from test_report import load_script
 
 from resfuse.nn import FusedBlock
 
