@@ -83,25 +83,30 @@ def bn_act(
         residual = residual.to(x.dtype)
     if serving_backend("bn_act", x, backend) == "reference":
         out = reference.bn_act(x, bn, residual, residual_bn, activation, moments)
-        return (out, Moments(*reference.moments(out))) if return_moments else out
+        return (out, _moments_of(out)) if return_moments else out
     x = as_dense(x)
     if residual is not None:
         residual = beside(residual, x)
-    relu = activation == "relu"
-    found = autograd_norm.bn_act(
-        x, bn, residual, residual_bn, relu, owned=owned, moments=moments, return_moments=return_moments
-    )
+    relu, taken = activation == "relu", return_moments and x.numel() > 0
+    found = autograd_norm.bn_act(x, bn, residual, residual_bn, relu, owned=owned, moments=moments, return_moments=taken)
     bump_versions(bn, residual_bn)
-    return (found[0], Moments(*found[1:])) if return_moments else found
+    if taken:
+        return found[0], Moments(*found[1:])
+    return (found, _moments_of(found)) if return_moments else found
+
+
+def _moments_of(out: Tensor) -> Moments:
+    """Moments by the reference; zeros of an empty activation."""
+    return Moments(*(reference.moments(out) if out.numel() > 0 else reference.empty_moments(out)))
 
 
 def add_moments(x: Tensor, residual: Tensor | None, backend: str | None) -> tuple[Tensor, Moments]:
     """x + residual and its moments, in one pass, on checked arguments."""
     if serving_backend("bn_act", x, backend) == "reference":
-        out, *found = reference.add_moments(x, residual)
-        return out, Moments(*found)
+        out = reference.add_moments(x, residual)[0]
+        return out, _moments_of(out)
     if x.numel() == 0:
-        return x if residual is None else x + residual, Moments(*reference.empty_moments(x))
+        return x if residual is None else x + residual, _moments_of(x)
     x = as_dense(x)
     if residual is None:
         return x, Moments(*MomentsFunction.apply(x))

@@ -28,6 +28,9 @@ def _differentiate(
     grads: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of function(*inputs), differentiable again; None for inputs that are None or need no gradient."""
+    with torch.enable_grad():
+        # aliases: one input may have been computed from another, and that way is not this node's
+        inputs = [i.view_as(i) if i is not None and i.requires_grad else i for i in inputs]
     wanted = [i for i in inputs if i is not None and i.requires_grad]
     if not wanted:
         return [None for _ in inputs]

@@ -84,7 +84,8 @@ class ConvNormFunction(torch.autograd.Function):
             return (*grads[:2], None, *grads[2:], *[None] * 4)
         grad_mean, grad_var, grad_weight_bn = ops.finalize_backward(grad_affine[1], grad_affine[0], var, bn_weight, eps)
         grad_through = None if grad_through is None else _laid_out_as(grad_through, x)
-        need_x, _, _, need_weight, *_ = ctx.needs_input_grad
+        wants_x, wants_affine, _, need_weight, *_ = ctx.needs_input_grad
+        need_x = wants_x or wants_affine
         arguments = (
             _laid_out_as(grad_y, y), y if training else None, None, y_mean if training else None, grad_mean, grad_var,
             False, x, affine, mean, weight, relu, *pairs, grad_through,
@@ -96,7 +97,7 @@ class ConvNormFunction(torch.autograd.Function):
         else:
             grad_x, grad_weight, sums = ops.conv_stats_backward(*arguments, need_x, need_weight)
         return (
-            grad_x if need_x else None,
+            grad_x if wants_x else None,
             sums if affine is not None else None,
             None,
             grad_weight if need_weight else None,
@@ -219,7 +220,7 @@ def _conv_norm_act_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Ten
         grad_residual = dz.clone() if out is None else dz
     grad_x, grad_weight, input_sums = ops.conv_stats_backward(
         dz, None if y_affine is None else y, y_affine, y_mean, grad_mean, grad_var, relu and out is None, x, affine,
-        mean, weight, relu_x, *pairs, None, ctx.needs_input_grad[0], ctx.needs_input_grad[3],
+        mean, weight, relu_x, *pairs, None, any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[3],
     )  # fmt: skip
     return (
         grad_x if ctx.needs_input_grad[0] else None,

@@ -87,7 +87,7 @@ def fold(
     statistics = Statistics.of_batch((matrix * a_mean).sum(1), var, pixels, bn, conv_bias)
     branch = Branch(*x, weight, conv_bias, bn.weight, bn.bias, var, statistics.scale, a_mean, covariance)
     folded = branch.folded()
-    return branch, folded, zeros_or(bn.bias, a_mean) - (folded.float() * a_mean).sum(1)
+    return branch, folded, zeros_or(bn.bias, statistics.scale) - (folded.float() * a_mean).sum(1)
 
 
 def _pixels_read(x: Tensor, stride: list[int]) -> int:
@@ -220,7 +220,7 @@ class ExpandNormActFunction(torch.autograd.Function):
             grad_out = _laid_out_as(grad_out, out if out is not None else _beside(main.x, grad_out))
             source = (main.x, main.affine, main.mean)
             dz, gram, grad_bias = ops.expand_bn_act_backward_weight(grad_out, out, *source, relu_x)
-            own = _branch_gradients(main, dz, gram, grad_bias, eps, relu_x, [1, 1], need[0], need[3])
+            own = _branch_gradients(main, dz, gram, grad_bias, eps, relu_x, [1, 1], any(need[:2]), need[3])
             other: Any = (None,) * len(BranchGradients._fields)
             if shortcut is not None:
                 other = _branch_gradients(

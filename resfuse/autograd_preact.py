@@ -53,7 +53,8 @@ class ConvAddFunction(torch.autograd.Function):
         x, affine, mean, weight, conv_bias, *handed_on = ctx.saved_tensors
         pairs, relu_x = ctx.options
         grad = _through_moments(grad_out, grad_mean, grad_var, *handed_on)
-        need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+        wants_x, wants_affine, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+        need_x = wants_x or wants_affine
         if _recorded():
 
             def forward(x: Tensor, affine: Any, weight: Tensor, conv_bias: Any) -> Tensor:
@@ -69,7 +70,7 @@ class ConvAddFunction(torch.autograd.Function):
         # the shortcut's reader writes over its gradient, so the caller's own tensor is not handed on
         grad_residual = (grad.clone() if grad is grad_out else grad) if need_residual else None
         return (
-            grad_x if need_x else None,
+            grad_x if wants_x else None,
             sums if affine is not None else None,
             None,
             grad_weight if need_weight else None,

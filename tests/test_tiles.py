@@ -124,6 +124,21 @@ def test_without_prologue_and_with_another_gradient(dtype, conv):
     assert torch.equal(in_place, grad_x) and torch.equal(weight_again, grad_weight)
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 2), (2, 2), (1, 3), (3, 3)], ids=str)
+@DTYPES
+def test_one_row_of_windows_that_do_not_meet(dtype, kernel, stride):
+    """Backward a long row of base pixels stands for several rows of input, and is not cut."""
+    conv = (9, 40, (kernel, kernel), (stride, stride), (0, 0), (1, 1), 1, stride, 128)
+    x, _, _, weight, pairs = operands(conv, dtype, images=1)
+    grad = torch.randn(1, 40, 1, (128 - kernel) // stride + 1).to(dtype).to(memory_format=LAST)
+    options = (None, None, None, None, None, False, x, None, None, weight, False, *pairs)
+    grad_x, *_ = ops.conv_stats_backward(grad, *options, None, True, False)
+    stock, exact = (
+        torch.nn.grad.conv2d_input(x.shape, weight.to(wide), grad.to(wide), *pairs) for wide in (dtype, torch.float64)
+    )
+    assert_as_exact(grad_x, stock, exact, "grad_x", margin=CHAIN_MARGIN)
+
+
 @pytest.mark.parametrize("kind", ["none", "identity", "raw"])
 @EVERY_CONV
 @DTYPES
@@ -175,6 +190,11 @@ def test_conv_act_with_a_branch(dtype, channels, stride):
 def test_a_branch_must_add_up():
     x, branch = (image((2, 4, size, 6), layout="channels_last") for size in (6, 7))
     weight, shift = torch.randn(5, 4, 1, 1), torch.zeros(5)
+    with pytest.raises(RuntimeError, match="dense"):
+        ops.conv_act(
+            x, None, None, False, torch.randn(8, 1, 1, 1), None, torch.zeros(8), None,
+            None, None, x, torch.randn(8, 4, 1, 1), [1, 1], True, [1, 1], [0, 0], [1, 1], 4, False,
+        )  # fmt: skip
     for bad, stride in ((branch, [1, 1]), (x, [2, 2]), (x.double(), [1, 1]), (x[:1], [1, 1])):
         with pytest.raises(RuntimeError, match="branch"):
             ops.conv_act(
@@ -273,6 +293,18 @@ def test_folding_under_autocast(shortcut, folding):
     x = image((4, 64, 6, 6), torch.bfloat16, "channels_last")
     residual = image(x.shape, torch.bfloat16, "channels_last") if shortcut == "tensor" else None
     check_folding(unit, x, residual, torch.bfloat16, CHAIN_MARGIN, folding=folding)
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+@pytest.mark.parametrize("affine", ["", "w", "b"])
+def test_folding_without_weight_or_bias(affine, shortcut):
+    unit = Bottleneck(3, 20, 6, shortcut, out=20 if shortcut == "identity" else 44)
+    for bn in list(unit.norms)[2:]:
+        if "w" not in affine:
+            bn.weight = None
+        if "b" not in affine:
+            bn.bias = None
+    check_folding(unit, image((4, 20, 6, 6), layout="channels_last"), folding=True)
 
 
 @pytest.mark.parametrize("gamma", [-1.0, 0.0])

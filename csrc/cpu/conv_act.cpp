@@ -68,10 +68,11 @@ static ConvShape branch_shape(const ConvShape& first, const Tensor& branch, cons
   STD_TORCH_CHECK(weight.has_value() && weight->is_contiguous() && weight->scalar_type() == dtype,
                   "resfuse: branch_weight must be contiguous and in weight's dtype");
   const ConvShape shape = conv_shape(branch, *weight, stride, {0, 0}, {1, 1}, 1);
-  STD_TORCH_CHECK(shape.pointwise() && first.pointwise() && first.height.stride == 1 && first.width.stride == 1 &&
-                      shape.images == first.images && shape.out_channels == first.out_channels &&
-                      shape.height.out == first.height.out && shape.width.out == first.width.out,
-                  "resfuse: a branch must be a 1x1 convolution with the output of another, of stride 1");
+  STD_TORCH_CHECK(shape.pointwise() && first.pointwise() && first.groups == 1 && first.height.stride == 1 &&
+                      first.width.stride == 1 && shape.images == first.images &&
+                      shape.out_channels == first.out_channels && shape.height.out == first.height.out &&
+                      shape.width.out == first.width.out,
+                  "resfuse: a branch must be a 1x1 convolution with the output of another, dense and of stride 1");
   return shape;
 }
 

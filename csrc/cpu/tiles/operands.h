@@ -78,7 +78,8 @@ class PaddedVectors {
   }
   // zeros
   float* fresh(int64_t count) {
-    pieces_.emplace_back(static_cast<size_t>(round_up(count, 32)), 0.0f);
+    // beyond whole panels, what a vector reads that begins at any multiple of eight channels
+    pieces_.emplace_back(static_cast<size_t>(round_up(count, 32) + 32), 0.0f);
     return pieces_.back().data();
   }
 

@@ -155,7 +155,7 @@ struct Plan {
   // Whole rows of base pixels; only the one long row of a 1x1 convolution is cut.
   void choose_tile(int64_t element_size, int64_t pixels, int64_t bytes) {
     const int64_t per_base = height.out_step * width.out_step, row_bytes = in_channels * element_size;
-    const bool flat = images == 1 && height.base == 1 && height.span == 0 && width.span == 0;
+    const bool flat = images == 1 && height.out == 1 && height.base == 1 && height.span == 0 && width.span == 0;
     columns = width.base;
     if (flat) columns = std::clamp<int64_t>(std::min(pixels, bytes / row_bytes), 28, 448) / 14 * 14;
     if (flat) columns = std::min(columns, std::max<int64_t>(width.base / kMinTiles / 14 * 14, 28));

@@ -258,10 +258,11 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
     const int64_t begin = octets.begin * kWeightChannels, end = std::min(octets.end * kWeightChannels, out_channels);
     const int64_t in_begin = strips.begin * sums.strips.lanes,
                   in_end = std::min(strips.end * sums.strips.lanes, plan.in_channels);
-    const int64_t bytes = Carver::bytes_of<U>(side.patch_size) + Carver::bytes_of<U>(side.q_size + kPanel) +
+    // the last strip of either operand may be read as a whole panel
+    const int64_t bytes = Carver::bytes_of<U>(side.patch_size + kPanel) + Carver::bytes_of<U>(side.q_size + kPanel) +
                           Carver::bytes_of<U>(max_steps * p_step) + Carver::bytes_of<int64_t>(plan.rows);
     Carver carver(static_cast<char*>(workspace_bytes(Slot::kTile, bytes)));
-    U* patch = carver.take<U>(side.patch_size);
+    U* patch = carver.take<U>(side.patch_size + kPanel);
     U* q_memory = carver.take<U>(side.q_size + kPanel);
     U* p = carver.take<U>(max_steps * p_step);
     int64_t* rows = carver.take<int64_t>(plan.rows);
