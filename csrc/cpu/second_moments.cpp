@@ -55,12 +55,14 @@ void second_moments_tiles(const ConvShape& shape, const Activation<T>& source, f
     offset[static_cast<size_t>(c)] = sum / count;
     mean[c] = static_cast<float>(pivot[c] + sum / count);
   }
+  std::vector<double> products(static_cast<size_t>(sums.size()));
+  for (int64_t slab = 0; slab < sums.slabs; ++slab)
+    for (int64_t i = 0; i < sums.size(); ++i) products[static_cast<size_t>(i)] += totals[slab * sums.size() + i];
   for (int64_t row = 0; row < channels; ++row) {
     for (int64_t c = row; c < channels; ++c) {
       const int64_t at = sums.at(0, c / kPanel, row / kWeightChannels) + row % kWeightChannels * kPanel + c % kPanel;
-      double sum = 0;
-      for (int64_t slab = 0; slab < sums.slabs; ++slab) sum += totals[slab * sums.size() + at];
-      const double value = sum / count - offset[static_cast<size_t>(row)] * offset[static_cast<size_t>(c)];
+      const double value =
+          products[static_cast<size_t>(at)] / count - offset[static_cast<size_t>(row)] * offset[static_cast<size_t>(c)];
       covariance[row * channels + c] = covariance[c * channels + row] = static_cast<float>(value);
     }
   }

@@ -17,6 +17,7 @@ namespace resfuse::cpu {
 constexpr int64_t kWeightPixels = 224;            // of a tile: sums are read and written once for so many products
 constexpr int64_t kWeightPatchBytes = 768 << 10;  // the input's side of a tile stays in L2
 constexpr int64_t kWeightTasks = 16;
+constexpr int64_t kMomentSlabs = 256;  // of a symmetric product: a float sum runs over one tile, where memory allows
 constexpr int64_t kWeightSlabBytes = int64_t{4} << 20;  // the sums of all slabs together
 
 // Channels of c side by side, `lanes` at a time, and the octets of k that each strip of them wants. A strip is a panel,
@@ -68,7 +69,8 @@ struct WeightSums {
         taps(tap_count),
         octets(ceil_div(plan.out_channels, kWeightChannels)) {
     const int64_t bytes = size() * static_cast<int64_t>(sizeof(float));
-    slabs = std::clamp<int64_t>(kWeightSlabBytes / bytes, 1, std::min<int64_t>(plan.tiles(), kWeightTasks));
+    const int64_t most = symmetric ? kMomentSlabs : kWeightTasks;
+    slabs = std::clamp<int64_t>(kWeightSlabBytes / bytes, 1, std::min<int64_t>(plan.tiles(), most));
     const bool by_strips = taps == 1 && plan.in_channels > plan.out_channels && plan.groups == 1 && !once;
     share_out(ceil_div(kWeightTasks, slabs), by_strips);
   }
