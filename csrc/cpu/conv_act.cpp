@@ -4,6 +4,7 @@
 // A convolution whose batch normalisation is folded into its weight, with its residual and activation: one pass over x
 // and out, and no other activation. It is inference, and the forward pass of train-time folding. A branch is more
 // columns of the same product: [a | branch] [weight | branch_weight]^T. The moments of out are summed on the way.
+#include "tiles/convolution.h"
 #include "tiles/epilogue.h"
 
 namespace resfuse::cpu {
@@ -21,39 +22,40 @@ struct Branch {
   bool unit_stride() const { return shape.height.stride == 1 && shape.width.stride == 1; }
 };
 
-// A product's operands, tiles and memory. Without a branch, `second` is not read.
+// A 1x1 convolution and its branch as one product over two patches.
 template <class T, class W>
-struct ConvAct {
+struct JoinedProduct {
+  const ConvShape& shape;
+  const Branch<T, W>& branch;
   const Plan plan, second;
   const int64_t step, second_step, second_begin;  // units between pixels of either patch; where the second patch begins
   const Slabs512 slabs;
 
-  ConvAct(const ConvShape& shape, const Branch<T, W>* branch)
-      : plan(shape, false, sizeof(T), kTilePixels, kPatchBytes, branch == nullptr || branch->unit_stride()),
-        second(branch == nullptr ? plan : plan.beside({branch->shape, false, sizeof(T), kTilePixels, kPatchBytes})),
+  JoinedProduct(const ConvShape& first, const Branch<T, W>& other)
+      : shape(first),
+        branch(other),
+        plan(shape, false, sizeof(T), kTilePixels, kPatchBytes, branch.unit_stride()),
+        second(plan.beside({branch.shape, false, sizeof(T), kTilePixels, kPatchBytes})),
         step(pixel_units<T>(shape.in_channels)),
-        second_step(branch == nullptr ? 0 : pixel_units<T>(branch->shape.in_channels)),
+        second_step(pixel_units<T>(branch.shape.in_channels)),
         second_begin(plan.patch_pixels() * step),
         slabs(plan.tiles(), ceil_div(shape.out_channels, kPanel)) {}
 
   template <class E>
-  void run(const ConvShape& shape, const Activation<T>& source, const W* weight, const WeightLayout& layout,
-           const float* lane_scale, const Branch<T, W>* branch, const E& epilogue) const {
-    Taps taps(plan, shape.width.kernel, kUnit<T>, step);
-    int64_t branch_begin = 0;
-    if (branch != nullptr)
-      branch_begin = taps.append(second_begin, ceil_div(branch->shape.in_channels, kUnit<T>), second_step);
-    unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, shape.width.kernel, false, lane_scale);
-    if (branch != nullptr) pack_appended<T>(branch->weight, taps, branch_begin, packed);
+  void run(const Activation<T>& source, const W* weight, const WeightLayout& layout, const E& epilogue,
+           const float* lane_scale) const {
+    Taps taps(plan, 1, kUnit<T>, step);
+    const int64_t appended = taps.append(second_begin, ceil_div(branch.shape.in_channels, kUnit<T>), second_step);
+    unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, 1, false, lane_scale);
+    pack_appended<T>(branch.weight, taps, appended, packed);
     const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
       fill_patch<T>(plan, tile, source, 0, shape.in_channels, reinterpret_cast<T*>(patch), step * kUnit<T>);
-      if (branch != nullptr)
-        fill_patch<T>(second, tile, branch->source, 0, branch->shape.in_channels,
-                      reinterpret_cast<T*>(patch + second_begin), second_step * kUnit<T>);
+      fill_patch<T>(second, tile, branch.source, 0, branch.shape.in_channels,
+                    reinterpret_cast<T*>(patch + second_begin), second_step * kUnit<T>);
     };
     const auto ahead = [&](const Tile& tile, Prefetcher& to) {
       prefetch_tile(plan, tile, source, to);
-      if (branch != nullptr) prefetch_tile(second, tile, branch->source, to);
+      prefetch_tile(second, tile, branch.source, to);
     };
     run_tiles<T>(plan, taps, packed, second_begin + second.patch_pixels() * second_step, slabs, fill, ahead, epilogue);
   }
@@ -108,19 +110,25 @@ std::tuple<Tensor, Tensor, Tensor> conv_act(const Tensor& x, const OptionalTenso
         second,
         {input_pointer<T>(branch), second.in_channels, nullptr, nullptr, false},
         {input_pointer<W>(branch_weight), second.out_channels, second.in_channels, second.in_channels, 1, nullptr}};
-    const Branch<T, W>* joined = branch.has_value() ? &other : nullptr;
-    const ConvAct<T, W> product(shape, joined);
-    OutputMoments found(product.plan, product.slabs, moments);
-    const ResidualAct<T> epilogue{output_pointer<T>(out),
-                                  shape.out_channels,
-                                  shifts,
-                                  input_pointer<T>(residual),
-                                  raw.scale,
-                                  raw.shift,
-                                  relu,
-                                  found};
-    product.run(shape, source, input_pointer<W>(weight), weight_layout(weight), scales, joined, epilogue);
-    if (moments) found.write(output_pointer<float>(out_mean), output_pointer<float>(out_var));
+    const auto run = [&](const auto& product, const Plan& plan, const Slabs512& slabs) {
+      OutputMoments found(plan, slabs, moments);
+      const ResidualAct<T> epilogue{output_pointer<T>(out),
+                                    shape.out_channels,
+                                    shifts,
+                                    input_pointer<T>(residual),
+                                    raw.scale,
+                                    raw.shift,
+                                    relu,
+                                    found};
+      product.run(source, input_pointer<W>(weight), weight_layout(weight), epilogue, scales);
+      if (moments) found.write(output_pointer<float>(out_mean), output_pointer<float>(out_var));
+    };
+    if (branch.has_value()) {
+      const JoinedProduct<T, W> product(shape, other);
+      return run(product, product.plan, product.slabs);
+    }
+    const Convolution<T> product(shape, false);
+    run(product, product.plan(), product.slabs());
   });
 #endif
   return {out, out_mean, out_var};

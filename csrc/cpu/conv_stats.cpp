@@ -2,8 +2,8 @@
 //
 // The prologue runs while a patch is loaded, the moments are summed while a panel of y is in cache: x is read once, y
 // written once, and nothing else passes through memory.
+#include "tiles/convolution.h"
 #include "tiles/epilogue.h"
-#include "tiles/operands.h"
 
 namespace resfuse::cpu {
 
@@ -13,19 +13,9 @@ RESFUSE_TILES_BEGIN
 template <class T, class W>
 void conv_stats_tiles(const ConvShape& shape, const Activation<T>& source, const W* weight, const WeightLayout& layout,
                       T* y, float* mean, float* var) {
-  const Plan plan(shape, false, sizeof(T), kTilePixels, kPatchBytes);
-  const int64_t step = pixel_units<T>(shape.in_channels);
-  const Taps taps(plan, shape.width.kernel, kUnit<T>, step);
-  const unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, shape.width.kernel, false);
-  const Slabs512 slabs(plan.tiles(), ceil_div(shape.out_channels, kPanel));
-  OutputMoments moments(plan, slabs, mean != nullptr);
-  const WithMoments<T> epilogue{y, shape.out_channels, moments};
-  const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
-    fill_patch<T>(plan, tile, source, 0, shape.in_channels, reinterpret_cast<T*>(patch), step * kUnit<T>);
-  };
-  run_tiles<T>(
-      plan, taps, packed, plan.patch_pixels() * step, slabs, fill,
-      [&](const Tile& tile, Prefetcher& to) { prefetch_tile(plan, tile, source, to); }, epilogue);
+  const Convolution<T> product(shape, false);
+  OutputMoments moments(product.plan(), product.slabs(), mean != nullptr);
+  product.run(source, weight, layout, WithMoments<T>{y, shape.out_channels, moments});
   moments.write(mean, var);
 }
 

@@ -4,8 +4,8 @@
 //   grad_weight = wgrad(dY, a), a = act((x - mean)*scale + bias)     a never stored
 //   da = dgrad(dY, weight);  dz = da where act was active;  grad_x = dz*scale + other
 //   sums: dz and dz*(x - mean), the gradients of bias and scale
-#include "tiles/operands.h"
-#include "tiles/weight_gradient.h"
+#include "tiles/convolution.h"
+#include "tiles/winograd_gradient.h"
 
 namespace resfuse::cpu {
 
@@ -15,21 +15,21 @@ RESFUSE_TILES_BEGIN
 template <class T, class W>
 void input_gradient_tiles(const ConvShape& shape, const OutputGradient<T>& grad, const W* weight,
                           const WeightLayout& layout, InputGradient<T> epilogue, float* sums_out) {
-  const Plan plan(shape, true, sizeof(T), kTilePixels, kPatchBytes);
-  const int64_t step = pixel_units<T>(shape.out_channels);
-  const Taps taps(plan, shape.width.kernel, kUnit<T>, step);
-  const unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, shape.width.kernel, true);
-  const Slabs512 slabs(plan.tiles(), ceil_div(shape.in_channels, kPanel));
-  SlabSums sums(sums_out == nullptr ? 0 : slabs.slabs, shape.in_channels, 2);
+  const Convolution<T> product(shape, true);
+  SlabSums sums(sums_out == nullptr ? 0 : product.slabs().slabs, shape.in_channels, 2);
   epilogue.sums = &sums;
-  const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
-    fill_patch<T>(plan, tile, grad, 0, shape.out_channels, reinterpret_cast<T*>(patch), step * kUnit<T>);
-  };
-  run_tiles<T>(
-      plan, taps, packed, plan.patch_pixels() * step, slabs, fill,
-      [&](const Tile& tile, Prefetcher& to) { prefetch_tile(plan, tile, grad, to); }, epilogue);
+  product.run(grad, weight, layout, epilogue);
   if (sums_out == nullptr) return;
   for (int64_t kind = 0; kind < 2; ++kind) sums.merge(kind, shape.in_channels, sums_out + kind * shape.in_channels);
+}
+
+template <class T, class W>
+void gradient_of_weight(const ConvShape& shape, const OutputGradient<T>& grad, const Activation<T>& source,
+                        const WeightLayout& layout, W* grad_weight) {
+  if constexpr (sizeof(T) == 4) {
+    if (winograd_pays<T>(shape)) return winograd_weight_gradient(shape, grad, source, layout, grad_weight);
+  }
+  weight_gradient_tiles<T>(shape, grad, source, layout, grad_weight);
 }
 
 RESFUSE_TILES_END
@@ -98,7 +98,7 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const O
         input_pointer<T>(grad_y),        input_pointer<T>(y), shape.out_channels, reader.scale,
         y_relu ? reader.shift : nullptr, reader.mean,         reader.constant,    reader.slope};
     if (need_weight)
-      weight_gradient_tiles<T>(shape, grad, source, weight_layout(grad_weight), output_pointer<W>(grad_weight));
+      gradient_of_weight<T>(shape, grad, source, weight_layout(grad_weight), output_pointer<W>(grad_weight));
     if (!need_x) return;
     const InputGradient<T> epilogue{output_pointer<T>(grad_x),
                                     shape.in_channels,

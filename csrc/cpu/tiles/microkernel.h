@@ -105,13 +105,14 @@ void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<
 }
 
 // Rows of pixels: p is dense over all rows, row r of q begins at q + rows[r]. `first`: w is written, not added to.
+// The rows are summed from zero and then added to w: a sum of short sums rounds less than one long one.
 template <class U, int V>
 __attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q, int64_t q_step, const int64_t* rows,
                                           int64_t row_count, int64_t steps, bool first, float* w) {
   constexpr int R = kWeightChannels;
   Lanes512 sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(w + (r * V + v) * kLanes);
+    for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
   for (int64_t row = 0; row < row_count; ++row) {
     const U* at = q + rows[row];
     for (int64_t i = 0; i < steps; ++i, p += p_step, at += q_step) {
@@ -123,8 +124,12 @@ __attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(w + (r * V + v) * kLanes, sum[r][v]);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      float* to = w + (r * V + v) * kLanes;
+      _mm512_storeu_ps(to, first ? sum[r][v] : _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]));
+    }
+  }
 }
 
 }  // namespace resfuse::cpu

@@ -131,8 +131,8 @@ void pack_appended(const WeightView<W>& weight, const Taps& taps, int64_t begin,
 struct Slabs512 {
   int64_t tiles, slabs, blocks, panels;
 
-  Slabs512(int64_t tile_count, int64_t panel_count) : tiles(tile_count), panels(panel_count) {
-    slabs = std::min(tiles, kMaxSlabs);
+  Slabs512(int64_t tile_count, int64_t panel_count, int64_t most = kMaxSlabs) : tiles(tile_count), panels(panel_count) {
+    slabs = std::min({tiles, most, kMaxSlabs});
     blocks = std::clamp<int64_t>(kMinTasks / std::max<int64_t>(slabs, 1), 1, panels);
   }
   int64_t first_tile(int64_t slab) const { return slab * tiles / slabs; }

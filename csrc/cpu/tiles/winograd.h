@@ -1,0 +1,242 @@
+// The driver of 3x3 convolutions of stride 1 in float32 by Winograd's F(2x2, 3x3): 16 products for 4 outputs, not 36.
+//
+//   Y = A^T [ (G g G^T) * (B^T d B) ] A     g: 3x3 weights, d: a 4x4 block of input, Y: a 2x2 block of output
+//
+// Summed over channels, each of the 16 positions of a block is one matrix product (blocks x C)(C x K). A tile's patch
+// is filled as for any convolution, prologue included; its blocks are transformed, multiplied, transformed back, and
+// handed to the same epilogues. Transforms only add, subtract and halve, and the sums are nine times shorter than those
+// over all taps: errors are smaller than a direct convolution's. What is not finite reaches the same outputs as there,
+// but an infinity may become NaN.
+// Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
+#pragma once
+
+#include "product.h"
+
+#if RESFUSE_HAS_TILES
+RESFUSE_TILES_BEGIN
+
+namespace resfuse::cpu {
+
+constexpr int64_t kPositions = 16;            // of a block
+constexpr int64_t kBlockPixels = 224;         // pixels of a tile: 56 blocks, four register tiles
+constexpr int64_t kBlocks = 64;               // blocks that are multiplied together: small tiles are joined
+constexpr int64_t kProductBytes = 512 << 10;  // products of some panels, before they are transformed back
+
+// Whether a convolution is computed this way. Measured: docs/performance-log.md.
+template <class T>
+bool winograd_pays(const ConvShape& shape) {
+  const auto fits = [](const ConvAxis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1; };
+  return sizeof(T) == 4 && shape.groups == 1 && fits(shape.height) && fits(shape.width) && shape.height.padding <= 2 &&
+         shape.width.padding <= 2 && shape.in_channels >= 32 && shape.out_channels >= 32;
+}
+
+// Tiles of whole blocks. A tile's last row or column of blocks may be half outside.
+struct WinogradPlan : Plan {
+  int64_t step;      // floats between pixels, and between blocks
+  int64_t group;     // tiles that are multiplied together
+  int64_t blocks;    // of so many tiles
+  int64_t together;  // panels whose products are kept together
+
+  // `pixels` of a tile, and `most` blocks that are multiplied together, as far as tiles are smaller
+  WinogradPlan(const ConvShape& shape, bool backward, int64_t pixels = kBlockPixels, int64_t most = kBlocks)
+      : Plan(shape, backward, sizeof(float), pixels, kPatchBytes), step(pixel_units<float>(in_channels)) {
+    rows = std::min(round_up(rows, 2), height.base);
+    const int64_t of_tile = ceil_div(rows, 2) * ceil_div(columns, 2);
+    group = std::max<int64_t>(1, most / of_tile);
+    blocks = group * of_tile;
+    together =
+        std::clamp<int64_t>(kProductBytes / (kPositions * blocks * kPanel * 4), 1, ceil_div(out_channels, kPanel));
+  }
+
+  Slabs512 slabs() const { return Slabs512(tiles(), ceil_div(out_channels, kPanel), ceil_div(tiles(), group)); }
+  static Tile whole(Tile tile) {
+    tile.rows = round_up(tile.rows, 2);
+    tile.columns = round_up(tile.columns, 2);
+    return tile;
+  }
+  int64_t whole_patch() const { return height.patch(round_up(rows, 2)) * width.patch(round_up(columns, 2)); }
+};
+
+// G along one axis: four vectors of three.
+RESFUSE_LANES void transform_weights(const Lanes512 (&g)[3], Lanes512 (&u)[4]) {
+  const Lanes512 half = _mm512_set1_ps(0.5f), ends = _mm512_mul_ps(half, _mm512_add_ps(g[0], g[2]));
+  const Lanes512 middle = _mm512_mul_ps(half, g[1]);
+  u[0] = g[0];
+  u[1] = _mm512_add_ps(ends, middle);
+  u[2] = _mm512_sub_ps(ends, middle);
+  u[3] = g[2];
+}
+
+// Every panel of a weight, transformed: [panel][position][k][32 lanes].
+template <class W>
+float* pack_winograd(const WinogradPlan& plan, const W* weight, const WeightLayout& layout, bool backward,
+                     const float* lane_scale = nullptr) {
+  const int64_t panels = ceil_div(plan.out_channels, kPanel), depth = plan.in_channels, size = depth * kPanel;
+  float* packed = workspace<float>(Slot::kWeights, panels * kPositions * size);
+  parallel_tasks(panels, panels * kPositions * size, [&](int64_t panel) {
+    float* taps = workspace<float>(Slot::kTile, 9 * size);
+    for (const AxisTap& h : plan.height.phases[0].taps)
+      for (const AxisTap& w : plan.width.phases[0].taps)
+        pack_panel<float>(WeightView<W>{weight + layout.at(h.kernel * 3 + w.kernel, 3), plan.out_channels, depth,
+                                        layout.strides[backward ? 1 : 0], layout.strides[backward ? 0 : 1], lane_scale},
+                          panel, taps + (h.offset * 3 + w.offset) * size);
+    float* to = packed + panel * kPositions * size;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      Lanes512 columns[3][4];  // [tap down][position across]
+      for (int r = 0; r < 3; ++r) {
+        Lanes512 g[3];
+        for (int c = 0; c < 3; ++c) g[c] = load_lanes(taps + (r * 3 + c) * size + i);
+        transform_weights(g, columns[r]);
+      }
+      for (int c = 0; c < 4; ++c) {
+        const Lanes512 g[3] = {columns[0][c], columns[1][c], columns[2][c]};
+        Lanes512 u[4];
+        transform_weights(g, u);
+        for (int r = 0; r < 4; ++r) store_lanes(to + (r * 4 + c) * size + i, u[r]);
+      }
+    }
+  });
+  return packed;
+}
+
+// B^T along one axis.
+RESFUSE_LANES void transform_input(const Lanes512 (&d)[4], Lanes512 (&v)[4]) {
+  v[0] = _mm512_sub_ps(d[0], d[2]);
+  v[1] = _mm512_add_ps(d[1], d[2]);
+  v[2] = _mm512_sub_ps(d[2], d[1]);
+  v[3] = _mm512_sub_ps(d[1], d[3]);
+}
+
+// Rows `positions` of the blocks of one tile, 4 positions to a row. Blocks beside each other share two columns.
+// Position p of those, of block b, is at to + p * position_step + b * step.
+inline void transform_patch(const float* patch, int64_t rows, int64_t columns, int64_t channels, int64_t step,
+                            float* to, int64_t position_step, Range positions = {0, 4}) {
+  const int64_t width = columns + 2;
+  for (int64_t row = 0; row < rows; row += 2, patch += 2 * width * step, to += columns / 2 * step) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      Lanes512 d[4][4];  // [column][position down]
+      const auto load = [&](int64_t column, int at) RESFUSE_INLINE_LAMBDA {
+        const float* from = patch + column * step + c;
+        const Lanes512 pixels[4] = {load_lanes(from), load_lanes(from + width * step),
+                                    load_lanes(from + 2 * width * step), load_lanes(from + 3 * width * step)};
+        transform_input(pixels, d[at]);
+      };
+      load(0, 0);
+      load(1, 1);
+      float* block = to + c;
+      for (int64_t column = 0; column < columns; column += 2, block += step) {
+        load(column + 2, 2);
+        load(column + 3, 3);
+        float* at = block;
+        for (int64_t r = positions.begin; r < positions.end; ++r, at += 4 * position_step) {
+          const Lanes512 across[4] = {d[0][r], d[1][r], d[2][r], d[3][r]};
+          Lanes512 v[4];
+          transform_input(across, v);
+          for (int i = 0; i < 4; ++i) store_lanes(at + i * position_step, v[i]);
+          d[0][r] = d[2][r];
+          d[1][r] = d[3][r];
+        }
+      }
+    }
+  }
+}
+
+// A^T along one axis.
+RESFUSE_LANES void transform_output(const Lanes512 (&m)[4], Lanes512 (&y)[2]) {
+  y[0] = _mm512_add_ps(_mm512_add_ps(m[0], m[1]), m[2]);
+  y[1] = _mm512_sub_ps(_mm512_sub_ps(m[1], m[2]), m[3]);
+}
+
+// 32 channels of one tile's blocks as pixels: those outside the tile are dropped.
+inline void transform_products(const float* products, int64_t position_step, int64_t rows, int64_t columns,
+                               float* values) {
+  for (int64_t row = 0; row < rows; row += 2) {
+    for (int64_t column = 0; column < columns; column += 2, products += kPanel) {
+      float* to = values + (row * columns + column) * kPanel;
+      const bool below = row + 1 < rows, right = column + 1 < columns;
+      for (int64_t half = 0; half < kPanel; half += kLanes) {
+        Lanes512 down[2][4];
+        for (int c = 0; c < 4; ++c) {
+          const float* from = products + c * position_step + half;
+          const Lanes512 m[4] = {load_lanes(from), load_lanes(from + 4 * position_step),
+                                 load_lanes(from + 8 * position_step), load_lanes(from + 12 * position_step)};
+          Lanes512 y[2];
+          transform_output(m, y);
+          down[0][c] = y[0];
+          down[1][c] = y[1];
+        }
+        for (int r = 0; r <= (below ? 1 : 0); ++r) {
+          Lanes512 y[2];
+          transform_output(down[r], y);
+          store_lanes(to + r * columns * kPanel + half, y[0]);
+          if (right) store_lanes(to + (r * columns + 1) * kPanel + half, y[1]);
+        }
+      }
+    }
+  }
+}
+
+// As run_tiles: fill(tile, patch) loads a tile, epilogue takes 32 channels of it. A tile may be asked for beyond its
+// last row or column.
+template <class F, class A, class E>
+void run_winograd(const WinogradPlan& plan, const float* packed, const Slabs512& slabs, const F& fill, const A& ahead,
+                  const E& epilogue) {
+  const int64_t depth = plan.in_channels, step = plan.step, size = depth * kPanel;
+  const int64_t input_step = plan.blocks * step, product_step = plan.blocks * kPanel;
+  const int64_t work = plan.images * plan.height.out * plan.width.out * plan.out_channels * 16;
+  const int64_t workers = workers_for(slabs.slabs * slabs.blocks, work);
+  const std::vector<Tap> taps{{0, depth, step, step}};
+  parallel_tasks(slabs.slabs * slabs.blocks, work, [&](int64_t task) {
+    const int64_t slab = task / slabs.blocks, share = task % slabs.blocks;
+    const int64_t sizes[4] = {plan.whole_patch() * step, kPositions * input_step,
+                              plan.together * kPositions * product_step, plan.rows * plan.columns * kPanel};
+    int64_t bytes = 0;
+    for (const int64_t floats : sizes) bytes += Carver::bytes_of<float>(floats);
+    Carver carver(static_cast<char*>(workspace_bytes(Slot::kTile, bytes)));
+    float *patch = carver.take<float>(sizes[0]), *inputs = carver.take<float>(sizes[1]);
+    float *products = carver.take<float>(sizes[2]), *values = carver.take<float>(sizes[3]);
+    const int64_t first_panel = slabs.first_panel(share), last_panel = slabs.first_panel(share + 1);
+    const int64_t last_tile = slabs.first_tile(slab + 1), later = (task + workers) / slabs.blocks;
+    for (int64_t first = slabs.first_tile(slab); first < last_tile; first += plan.group) {
+      const int64_t end = std::min(first + plan.group, last_tile);
+      int64_t blocks = 0;
+      for (int64_t index = first; index < end; ++index) {
+        const Tile tile = WinogradPlan::whole(plan.tile(index));
+        fill(tile, patch);
+        transform_patch(patch, tile.rows, tile.columns, depth, step, inputs + blocks * step, input_step);
+        blocks += tile.rows / 2 * (tile.columns / 2);
+      }
+      Prefetcher next;
+      if (end < last_tile || later < slabs.slabs)
+        ahead(plan.tile(end < last_tile ? end : slabs.first_tile(later)), next);
+      next.spread((last_panel - first_panel) * kPositions * ceil_div(blocks, kMaxPixels));
+      for (int64_t panel = first_panel; panel < last_panel; panel += plan.together) {
+        const int64_t panels = std::min(plan.together, last_panel - panel);
+        for (int64_t position = 0; position < kPositions; ++position) {
+          for (int64_t i = 0; i < panels; ++i)
+            multiply<float>(inputs + position * input_step, 0, blocks, taps,
+                            packed + ((panel + i) * kPositions + position) * size, kPanel,
+                            products + (i * kPositions + position) * product_step, kPanel,
+                            [&](int64_t, int64_t) RESFUSE_INLINE_LAMBDA { next.step(); });
+        }
+        for (int64_t i = 0; i < panels; ++i) {
+          int64_t block = 0;
+          for (int64_t index = first; index < end; ++index) {
+            const Tile tile = plan.tile(index);
+            const int64_t pixel = (tile.image * plan.height.out + tile.row) * plan.width.out;
+            epilogue.prefetch(pixel, tile.rows * tile.columns, 1, panel + i);
+            transform_products(products + i * kPositions * product_step + block * kPanel, product_step, tile.rows,
+                               tile.columns, values);
+            epilogue(slab, pixel, tile.rows * tile.columns, panel + i, values);
+            block += ceil_div(tile.rows, 2) * ceil_div(tile.columns, 2);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace resfuse::cpu
+
+RESFUSE_TILES_END
+#endif

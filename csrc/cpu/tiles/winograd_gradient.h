@@ -1,0 +1,181 @@
+// The gradient of a 3x3 convolution's weight by Winograd's F(2x2, 3x3): the derivative of winograd.h's forward.
+//
+//   dU[position] = sum over blocks of (A dY A^T)[position]^T (B^T d B)[position]      16 products (K x blocks)(blocks x
+//   C) dW = G^T dU G
+// dY of a block is 2x2, d is 4x4. Tasks share slabs of tiles, as elsewhere; where sums are large and slabs few, they
+// share rows of positions and output channels too. Slabs are merged in order when dU is transformed back.
+#pragma once
+
+#include "weight_gradient.h"
+#include "winograd.h"
+
+#if RESFUSE_HAS_TILES
+RESFUSE_TILES_BEGIN
+
+namespace resfuse::cpu {
+
+constexpr int64_t kGradientPixels = 448;  // of a tile: 112 blocks
+constexpr int64_t kGradientBlocks = 128;  // blocks that are summed at once: small tiles are joined
+
+// A along one axis: one or two values to four.
+RESFUSE_LANES void transform_gradient(Lanes512 first, Lanes512 second, Lanes512 (&m)[4]) {
+  m[0] = first;
+  m[1] = _mm512_add_ps(first, second);
+  m[2] = _mm512_sub_ps(first, second);
+  m[3] = _mm512_sub_ps(_mm512_setzero_ps(), second);
+}
+
+// Rows `positions` of A dY A^T of one tile's blocks, for output channels [begin, end): 4 positions to a row.
+template <bool kComputed, class G>
+void transform_gradients(const Plan& plan, const Tile& tile, const G& grad, Range channels, Range positions,
+                         int64_t step, float* to, int64_t position_step) {
+  const int64_t width = plan.width.out, image = (tile.image * plan.height.out + tile.row) * width;
+  for (int64_t row = 0; row < tile.rows; row += 2) {
+    for (int64_t column = 0; column < tile.columns; column += 2, to += step) {
+      const bool below = row + 1 < tile.rows, right = column + 1 < tile.columns;
+      const int64_t pixel = image + row * width + column;
+      for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
+        const LaneMask mask = lane_mask(c, channels.end);
+        const auto get = [&](bool inside, int64_t at) RESFUSE_INLINE_LAMBDA {
+          return inside ? grad.template get<kComputed>(at, c, mask) : _mm512_setzero_ps();
+        };
+        Lanes512 down[2][4];
+        transform_gradient(get(true, pixel), get(below, pixel + width), down[0]);
+        transform_gradient(get(right, pixel + 1), get(below && right, pixel + width + 1), down[1]);
+        float* at = to + c - channels.begin;
+        for (int64_t r = positions.begin; r < positions.end; ++r, at += 4 * position_step) {
+          Lanes512 m[4];
+          transform_gradient(down[0][r], down[1][r], m);
+          for (int i = 0; i < 4; ++i) store_lanes(at + i * position_step, m[i]);
+        }
+      }
+    }
+  }
+}
+
+// How the sums of a slab are shared out: rows of positions, and octets of output channels.
+struct GradientShares {
+  int64_t rows, parts, octets;
+
+  explicit GradientShares(const WeightSums& sums)
+      : rows(sums.slabs < kWeightTasks ? 1 : 4),
+        parts(std::min(ceil_div(kWeightTasks * rows, sums.slabs * 4), sums.octets)),
+        octets(sums.octets) {}
+  int64_t count() const { return 4 / rows * parts; }
+  Range positions(int64_t share) const { return {share / parts * rows, share / parts * rows + rows}; }
+  Range octets_of(int64_t share) const {
+    return {share % parts * octets / parts, (share % parts + 1) * octets / parts};
+  }
+  int64_t most_octets() const { return ceil_div(octets, parts); }
+};
+
+// Into `totals`, (slabs, size) of sums.
+template <class G>
+void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const Activation<float>& input,
+                           const WeightSums& sums, const GradientShares& shares, float* totals) {
+  const int64_t tiles = plan.tiles(), step = plan.step, input_step = plan.blocks * step;
+  const int64_t grad_step = pixel_units<float>(shares.most_octets() * kWeightChannels);
+  const int64_t position_step = plan.blocks * grad_step, count = shares.count();
+  const int64_t work = plan.images * plan.height.out * plan.width.out * plan.out_channels * 16;
+  const int64_t workers = workers_for(sums.slabs * count, work);
+  parallel_tasks(sums.slabs * count, work, [&](int64_t task) {
+    const int64_t slab = task / count;
+    const Range positions = shares.positions(task % count), octets = shares.octets_of(task % count);
+    const Range channels{octets.begin * kWeightChannels, std::min(octets.end * kWeightChannels, plan.out_channels)};
+    // the last strip of the inputs may be read as a whole panel
+    const int64_t sizes[3] = {plan.whole_patch() * step, shares.rows * 4 * input_step + kPanel,
+                              shares.rows * 4 * position_step};
+    int64_t bytes = 0;
+    for (const int64_t floats : sizes) bytes += Carver::bytes_of<float>(floats);
+    Carver carver(static_cast<char*>(workspace_bytes(Slot::kTile, bytes)));
+    float *patch = carver.take<float>(sizes[0]), *inputs = carver.take<float>(sizes[1]);
+    float* gradients = carver.take<float>(sizes[2]);
+    const auto tile_of = [&](int64_t at) { return at * tiles / sums.slabs; };
+    const int64_t last = tile_of(slab + 1), later = (task + workers) / count;
+    for (int64_t first = tile_of(slab); first < last; first += plan.group) {
+      const int64_t end = std::min(first + plan.group, last);
+      int64_t blocks = 0;
+      for (int64_t index = first; index < end; ++index) {
+        const Tile tile = plan.tile(index), whole = WinogradPlan::whole(tile);
+        fill_patch<float>(plan, whole, input, 0, plan.in_channels, patch, step);
+        transform_patch(patch, whole.rows, whole.columns, plan.in_channels, step, inputs + blocks * step, input_step,
+                        positions);
+        const auto transform = grad.computed() ? transform_gradients<true, G> : transform_gradients<false, G>;
+        transform(plan, tile, grad, channels, positions, grad_step, gradients + blocks * grad_step, position_step);
+        blocks += whole.rows / 2 * (whole.columns / 2);
+      }
+      Prefetcher next;
+      if (end < last || later < sums.slabs) {
+        const Tile following = plan.tile(end < last ? end : tile_of(later));
+        prefetch_tile(plan, following, input, next);
+        grad.prefetch((following.image * plan.height.out + following.row) * plan.width.out,
+                      following.rows * following.columns, next);
+      }
+      next.spread(shares.rows * 4 * sums.strips.count() * (octets.end - octets.begin));
+      const int64_t rows[1] = {0};
+      for (int64_t i = 0; i < shares.rows * 4; ++i) {
+        for (int64_t strip = 0; strip < sums.strips.count(); ++strip) {
+          for (int64_t octet = octets.begin; octet < octets.end; ++octet) {
+            next.step();
+            accumulate<float, 2>(gradients + i * position_step + (octet - octets.begin) * kWeightChannels, grad_step,
+                                 inputs + i * input_step + strip * kPanel, step, rows, 1, blocks,
+                                 first == tile_of(slab),
+                                 totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, octet));
+          }
+        }
+      }
+    }
+  });
+}
+
+// G^T along one axis.
+RESFUSE_LANES void transform_sums(const Lanes512 (&u)[4], Lanes512 (&g)[3]) {
+  const Lanes512 half = _mm512_set1_ps(0.5f), ends = _mm512_mul_ps(half, _mm512_add_ps(u[1], u[2]));
+  g[0] = _mm512_add_ps(u[0], ends);
+  g[1] = _mm512_mul_ps(half, _mm512_sub_ps(u[1], u[2]));
+  g[2] = _mm512_add_ps(ends, u[3]);
+}
+
+// Slabs merged, positions to taps: into the first slab's place.
+inline void positions_to_taps(const WeightSums& sums, float* totals) {
+  const int64_t size = sums.strips.sums();
+  parallel_tasks(ceil_div(size, kTaskElements), sums.size() * sums.slabs, [&](int64_t task) {
+    for (int64_t i = task * kTaskElements; i < std::min(size, (task + 1) * kTaskElements); i += kLanes) {
+      Lanes512 down[4][3];  // [position across][tap down]
+      for (int c = 0; c < 4; ++c) {
+        Lanes512 u[4];
+        for (int r = 0; r < 4; ++r) {
+          const float* at = totals + (r * 4 + c) * size + i;
+          u[r] = load_lanes(at);
+          for (int64_t slab = 1; slab < sums.slabs; ++slab)
+            u[r] = _mm512_add_ps(u[r], load_lanes(at + slab * sums.size()));
+        }
+        transform_sums(u, down[c]);
+      }
+      for (int r = 0; r < 3; ++r) {
+        const Lanes512 u[4] = {down[0][r], down[1][r], down[2][r], down[3][r]};
+        Lanes512 g[3];
+        transform_sums(u, g);
+        for (int c = 0; c < 3; ++c) store_lanes(totals + (r * 3 + c) * size + i, g[c]);
+      }
+    }
+  });
+}
+
+template <class W, class G>
+void winograd_weight_gradient(const ConvShape& shape, const G& grad, const Activation<float>& source,
+                              const WeightLayout& layout, W* grad_weight) {
+  const WinogradPlan plan(shape, false, kGradientPixels, kGradientBlocks);
+  const WeightSums sums(plan, kPositions);
+  float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
+  sum_winograd_gradient(plan, grad, source, sums, GradientShares(sums), totals);
+  positions_to_taps(sums, totals);
+  WeightSums taps(plan, shape.taps());
+  taps.slabs = 1;
+  write_weight_gradient(shape, taps, totals, layout, grad_weight);
+}
+
+}  // namespace resfuse::cpu
+
+RESFUSE_TILES_END
+#endif
