@@ -3,20 +3,21 @@
 // Memory-bound and blind to layout: x and residual share one dense memory order, so both are flat arrays. Bytes per
 // element: forward two reads and a write, backward the same. The mask is the sign of the output, which is kept anyway.
 #include "memory.h"
+#include "rounding.h"
 #include "walk.h"
 
 namespace resfuse::cpu {
 
 template <class T>
 RESFUSE_CLONES void add_relu_loop(const T* x, const T* residual, T* out, int64_t size) {
-  RESFUSE_INDEPENDENT
-  for (int64_t i = 0; i < size; ++i) store(out + i, clamp_below(load(x[i]) + load(residual[i]), acc_t<T>(0)));
+  store_row(out, size,
+            [&](int64_t i) RESFUSE_INLINE_LAMBDA { return clamp_below(load(x[i]) + load(residual[i]), acc_t<T>(0)); });
 }
 
 template <class T>
 RESFUSE_CLONES void add_relu_backward_loop(const T* grad_out, const T* out, T* grad, int64_t size) {
-  RESFUSE_INDEPENDENT
-  for (int64_t i = 0; i < size; ++i) store(grad + i, relu_gradient(load(grad_out[i]), load(out[i])));
+  store_row(grad, size,
+            [&](int64_t i) RESFUSE_INLINE_LAMBDA { return relu_gradient(load(grad_out[i]), load(out[i])); });
 }
 
 template <class T, class F>

@@ -4,6 +4,7 @@
 //     grad_x = grad_mean / M + 2 * grad_var / M * (x - mean),  M = N * H * W.
 #include <limits>
 
+#include "rounding.h"
 #include "tile_moments.h"
 
 namespace resfuse::cpu {
@@ -11,8 +12,9 @@ namespace resfuse::cpu {
 template <class T>
 RESFUSE_CLONES void moments_backward_loop(const T* x, T* grad, int64_t rows, int64_t width, const acc_t<T>* mean,
                                           const acc_t<T>* constant, const acc_t<T>* slope) {
-  for (int64_t r = 0; r < rows; ++r, x += width, grad += width) RESFUSE_INDEPENDENT
-  for (int64_t j = 0; j < width; ++j) store(grad + j, constant[j] + slope[j] * (load(x[j]) - mean[j]));
+  for (int64_t r = 0; r < rows; ++r, x += width, grad += width)
+    store_row(grad, width,
+              [&](int64_t j) RESFUSE_INLINE_LAMBDA { return constant[j] + slope[j] * (load(x[j]) - mean[j]); });
 }
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x) {

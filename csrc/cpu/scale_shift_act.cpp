@@ -4,6 +4,7 @@
 // the moments of the result, taken tile by tile from the values just written, while they are in L2.
 #include <limits>
 
+#include "rounding.h"
 #include "tile_moments.h"
 
 namespace resfuse::cpu {
@@ -15,13 +16,13 @@ template <class T, Residual kResidual>
 RESFUSE_CLONES void scale_shift_act_loop(const T* x, const T* residual, T* out, int64_t rows, int64_t width,
                                          const acc_t<T>* scale, const acc_t<T>* shift, const acc_t<T>* residual_scale,
                                          const acc_t<T>* residual_shift, acc_t<T> floor) {
-  for (int64_t r = 0; r < rows; ++r, x += width, out += width, residual += width) RESFUSE_INDEPENDENT
-  for (int64_t j = 0; j < width; ++j) {
-    acc_t<T> z = load(x[j]) * scale[j] + shift[j];
-    if constexpr (kResidual == Residual::kIdentity) z += load(residual[j]);
-    if constexpr (kResidual == Residual::kRaw) z += load(residual[j]) * residual_scale[j] + residual_shift[j];
-    store(out + j, clamp_below(z, floor));
-  }
+  for (int64_t r = 0; r < rows; ++r, x += width, out += width, residual += width)
+    store_row(out, width, [&](int64_t j) RESFUSE_INLINE_LAMBDA {
+      acc_t<T> z = load(x[j]) * scale[j] + shift[j];
+      if constexpr (kResidual == Residual::kIdentity) z += load(residual[j]);
+      if constexpr (kResidual == Residual::kRaw) z += load(residual[j]) * residual_scale[j] + residual_shift[j];
+      return clamp_below(z, floor);
+    });
 }
 
 // The operands of one call, checked once; `block` runs the loop on a block.

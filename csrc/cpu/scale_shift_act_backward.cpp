@@ -6,6 +6,7 @@
 //   apply:  grad_x = dz*scale + grad_mean/M + 2*grad_var/M*(x - mean), the last two where scale came from x's moments,
 //           and a raw residual's gradient likewise in the same pass.
 // Deviations from the mean are summed, not raw values: dscale - mean*dshift would cancel where |mean| >> std.
+#include "rounding.h"
 #include "walk.h"
 
 namespace resfuse::cpu {
@@ -62,20 +63,23 @@ RESFUSE_CLONES void apply_loop(const T* grad_out, const T* x, const T* residual,
   const acc_t<T>*constant = lanes[3], *slope = lanes[4];
   const acc_t<T>*constant_r = lanes[8], *slope_r = lanes[9];
   for (int64_t r = 0; r < rows;
-       ++r, grad_out += width, x += width, residual += width, grad_x += width, grad_residual += width)
-    RESFUSE_INDEPENDENT
-  for (int64_t j = 0; j < width; ++j) {
-    const acc_t<T> value = load(x[j]), value_r = kRaw ? load(residual[j]) : acc_t<T>(0);
-    acc_t<T> dz = load(grad_out[j]);
-    if constexpr (kMask == Mask::kRecompute && !kRaw) dz = relu_gradient(dz, a.z(value, j));
-    if constexpr (kMask == Mask::kRecompute && kRaw) dz = relu_gradient(dz, a.z(value, j) + b.z(value_r, j));
-    acc_t<T> grad = dz * a.scale[j];
-    if constexpr (kMoments) grad += constant[j] + slope[j] * (value - a.mean[j]);
-    store(grad_x + j, grad);
+       ++r, grad_out += width, x += width, residual += width, grad_x += width, grad_residual += width) {
+    const auto gradients = [&](int64_t j) RESFUSE_INLINE_LAMBDA {
+      const acc_t<T> value = load(x[j]), value_r = kRaw ? load(residual[j]) : acc_t<T>(0);
+      acc_t<T> dz = load(grad_out[j]);
+      if constexpr (kMask == Mask::kRecompute && !kRaw) dz = relu_gradient(dz, a.z(value, j));
+      if constexpr (kMask == Mask::kRecompute && kRaw) dz = relu_gradient(dz, a.z(value, j) + b.z(value_r, j));
+      std::array<acc_t<T>, kRaw ? 2 : 1> grads;
+      grads[0] = dz * a.scale[j];
+      if constexpr (kMoments) grads[0] += constant[j] + slope[j] * (value - a.mean[j]);
+      if constexpr (kRaw) grads[1] = dz * b.scale[j];
+      if constexpr (kRaw && kMoments) grads[1] += constant_r[j] + slope_r[j] * (value_r - b.mean[j]);
+      return grads;
+    };
     if constexpr (kRaw) {
-      acc_t<T> grad_r = dz * b.scale[j];
-      if constexpr (kMoments) grad_r += constant_r[j] + slope_r[j] * (value_r - b.mean[j]);
-      store(grad_residual + j, grad_r);
+      store_rows(std::array<T*, 2>{grad_x, grad_residual}, width, gradients);
+    } else {
+      store_rows(std::array<T*, 1>{grad_x}, width, gradients);
     }
   }
 }

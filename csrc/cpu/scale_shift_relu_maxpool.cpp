@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "../pool_windows.h"
+#include "rounding.h"
 #include "walk.h"
 
 namespace resfuse::cpu {
@@ -95,11 +96,9 @@ RESFUSE_CLONES void pool_loop(const RingRow& ring, const acc_t<T>* const* rows, 
         }
       });
     }
+    store_row(out, lanes, [&](int64_t j) RESFUSE_INLINE_LAMBDA { return best[j]; });
     RESFUSE_INDEPENDENT
-    for (int64_t j = 0; j < lanes; ++j) {
-      store(out + j, best[j]);
-      indices[j] = static_cast<uint8_t>(index[j]);
-    }
+    for (int64_t j = 0; j < lanes; ++j) indices[j] = static_cast<uint8_t>(index[j]);
   }
 }
 

@@ -5,6 +5,7 @@
 //   reduce: sum dz, sum dz*(x - mean).
 //   apply:  grad_x = dz*scale + grad_mean/M + 2*grad_var/M*(x - mean), the last two where scale came from x's moments.
 #include "../pool_windows.h"
+#include "rounding.h"
 #include "walk.h"
 
 namespace resfuse::cpu {
@@ -122,13 +123,13 @@ RESFUSE_CLONES void pooled_apply_loop(const acc_t<T>* dz, const T* x, T* grad_x,
                                       const acc_t<T>* const* lanes) {
   using A = acc_t<T>;
   const A *scale = lanes[0], *shift = lanes[1], *mean = lanes[2], *constant = lanes[3], *slope = lanes[4];
-  for (int64_t r = 0; r < rows; ++r, dz += width, x += width, grad_x += width) RESFUSE_INDEPENDENT
-  for (int64_t j = 0; j < width; ++j) {
-    const A value = load(x[j]);
-    A grad = relu_gradient(dz[j], value * scale[j] + shift[j]) * scale[j];
-    if constexpr (kMoments) grad += constant[j] + slope[j] * (value - mean[j]);
-    store(grad_x + j, grad);
-  }
+  for (int64_t r = 0; r < rows; ++r, dz += width, x += width, grad_x += width)
+    store_row(grad_x, width, [&](int64_t j) RESFUSE_INLINE_LAMBDA {
+      const A value = load(x[j]);
+      A grad = relu_gradient(dz[j], value * scale[j] + shift[j]) * scale[j];
+      if constexpr (kMoments) grad += constant[j] + slope[j] * (value - mean[j]);
+      return grad;
+    });
 }
 
 Tensor scale_shift_relu_maxpool_backward_reduce(const Tensor& grad_out, const Tensor& indices, const Tensor& x,
