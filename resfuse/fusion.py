@@ -25,6 +25,8 @@ M = TypeVar("M", bound=nn.Module)
 # Where the fused subclasses of a library's blocks are, by the module that defines the blocks.
 _INTEGRATIONS = {
     "torchvision.models.resnet": "resfuse.integrations.torchvision",
+    "torchvision.models.vgg": "resfuse.integrations.torchvision",
+    "torchvision.models.densenet": "resfuse.integrations.torchvision",
     "resfuse.models.resnet": "resfuse.integrations.models",
     "resfuse.models.cifar": "resfuse.integrations.models",
     "resfuse.models.units": "resfuse.integrations.units",
@@ -110,14 +112,15 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = []
     inside: set[int] = set()
     for name, module in model.named_modules():
-        known = type(module) is ConvBNAct2d or _known_class(module) is not None
+        fused = _known_class(module)
+        known = fused is not None or type(module) is ConvBNAct2d
         holds = any(isinstance(child, _BatchNorm) for child in module.children())
         if not known and (not holds or id(module) in inside):
             continue
         found.append((name, module))
-        projection = module._modules.get("downsample")
-        if projection is not None:
-            inside.update(id(part) for part in projection.modules())  # a block answers for its projection
+        for child in (fused or FusedBlock).answers_for:
+            part = module._modules.get(child)
+            inside.update(id(each) for each in (part.modules() if part is not None else ()))
     return found
 
 
@@ -189,8 +192,8 @@ def fuse(
 ) -> M:
     """Fuse the blocks of a model in place; parameters, buffers and hooks stay the same objects.
 
-    Known blocks: BasicBlock, Bottleneck and the stem of torchvision's ResNets; all blocks of :mod:`resfuse.models` but
-    the highway's; and those given to :func:`register_block`. A block whose children it cannot replace (another
+    Known blocks: those of torchvision's ResNets, VGGs and DenseNets; all blocks of :mod:`resfuse.models` but the
+    highway's; and those given to :func:`register_block`. A block whose children it cannot replace (another
     normalisation, a hook, a parametrization) stays stock, and so does, call by call, a block on a device or in a dtype
     that no backend serves; :func:`explain` says why. Call it after loading weights and before torch.compile, DDP or
     FSDP. torch.jit.script refuses a fused block: script the model unfused, or trace or export it.

@@ -187,10 +187,12 @@ class FusedBlock:
 
     Attributes:
         fused_parts: what :meth:`parts_of` says of every block of the class.
+        answers_for: children that :func:`resfuse.explain` does not list beside the block.
         _resfuse_backend, _resfuse_folding: what `fuse` was given.
     """
 
     fused_parts = Parts()
+    answers_for: tuple[str, ...] = ("downsample",)
     _resfuse_backend: str | None = None
     _resfuse_folding: bool | None = None
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from networks import torchvision_models
 from numerics import assert_all_as_exact, judged, step
 from test_fusion import identities, nodes, types, without_ties
 from torch import nn
@@ -32,6 +33,20 @@ def cifar(unit, shortcut, bottleneck):
     return CifarResNet(11 if bottleneck else 8, unit=unit, shortcut=shortcut, bottleneck=bottleneck, widths=widths)
 
 
+def torchvision_vgg():
+    """Narrow: all but its classifier, whose size is fixed."""
+    vgg = torchvision_models().vgg
+    with torch.device("meta"):
+        model = vgg.VGG(vgg.make_layers([4, "M", 6, 6, "M", 8, 8, 8, "M", 8, "M", 8, "M"], batch_norm=True))
+    model.classifier = nn.Flatten()
+    model.features.to_empty(device="cpu").apply(lambda m: getattr(m, "reset_parameters", lambda: None)())
+    return model
+
+
+def torchvision_densenet(**options):
+    return torchvision_models().DenseNet(4, (2, 2, 1, 2), 8, 2, num_classes=10, **options)
+
+
 NETWORKS = {
     **{
         f"{unit}-{shortcut}-{'bottleneck' if bottleneck else 'basic'}": partial(cifar, unit, shortcut, bottleneck)
@@ -41,8 +56,15 @@ NETWORKS = {
     "plain": partial(CifarResNet, 8, shortcut=None),
     "vgg": lambda: nn.Sequential(VGGFeatures((1, 2, 3, 1, 1), (4, 6, 8, 8, 8)), nn.Flatten()),
     "densenet": partial(models.DenseNet, 4, (2, 2, 1, 2), 8, 2, num_classes=10),
+    "torchvision-vgg": torchvision_vgg,
+    "torchvision-densenet": torchvision_densenet,
 }
-SIZES = {"vgg": 32, "densenet": 64}  # where the last maps have more pixels than one
+SIZES = {
+    "vgg": 32,
+    "densenet": 64,
+    "torchvision-vgg": 32,
+    "torchvision-densenet": 64,
+}  # where the last maps have more pixels than one
 PREACT = partial(CifarResNet, 14, unit="full_preact", shortcut="B", widths=(16, 16, 20))
 
 
@@ -101,6 +123,34 @@ def test_explain_finds_nothing_stock_but_the_highway_gate(name):
         model = models.get_model(name)
     left = {block.type for block in resfuse.explain(resfuse.fuse(model)).blocks if not block.fused}
     assert left == ({"HighwayBlock"} if "highway" in name else set())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg16_bn", "vgg11_bn", "densenet121", "densenet201"])
+def test_explain_finds_nothing_stock_in_torchvisions(name):
+    with torch.device("meta"):
+        model = getattr(torchvision_models(), name)()
+    blocks = resfuse.explain(resfuse.fuse(model, strict=True)).blocks
+    assert blocks[0].name == "" and all(block.fused for block in blocks)
+    assert not any(block.type == "Sequential" for block in blocks)  # the network answers for its features
+    assert not isinstance(resfuse.unfuse(model), resfuse.nn.FusedBlock)
+
+
+def test_features_that_are_compiled_by_themselves_are_called():
+    model, calls = fused(torchvision_vgg), []
+    model.features._compiled_call_impl = lambda x: calls.append("compiled") or model.features._call_impl(x)
+    assert resfuse.explain(model).blocks[0].reason == "features is compiled by itself"
+    model(torch.randn(2, 3, 32, 32))
+    assert calls == ["compiled"]
+
+
+def test_a_vgg_without_normalisation_says_so():
+    with torch.device("meta"):
+        (block,) = resfuse.explain(resfuse.fuse(torchvision_models().vgg11())).blocks
+    assert (
+        not block.fused
+        and block.reason
+        == "features: its children are not stages of convolution, norm and ReLU that end in a MaxPool2d"
+    )
 
 
 @LAYOUTS
@@ -207,9 +257,10 @@ def test_a_dense_block_takes_moments_once(layout):
     ("options", "reason"),
     [({"drop_rate": 0.3}, "dropout changes its output"), ({"memory_efficient": True}, "memory_efficient: what it")],
 )
-def test_dense_layers_that_run_stock(options, reason):
+@pytest.mark.parametrize("name", ["densenet", "torchvision-densenet"])
+def test_dense_layers_that_run_stock(name, options, reason):
     """And in eval what drops nothing is fused; what surrounds such layers is fused all the same."""
-    model = stock(partial(NETWORKS["densenet"], **options))
+    model = stock(partial(NETWORKS[name], **options))
     own, x = resfuse.fuse(copy.deepcopy(model)), torch.randn(4, 3, 64, 64)
     results = []
     for network in (own, model):
@@ -218,7 +269,8 @@ def test_dense_layers_that_run_stock(options, reason):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
     assert nodes(results[0]).count(MOMENTS) == 3  # the transitions'
     left = {block.type: block.reason for block in resfuse.explain(own).blocks if not block.fused}
-    assert list(left) == ["DenseLayer"] and left["DenseLayer"].startswith(reason)
+    (kind,) = left
+    assert kind.endswith("DenseLayer") and left[kind].startswith(reason)
     torch.testing.assert_close(own.eval()(x), model.eval()(x), rtol=1e-3, atol=1e-3)
     assert any(not block.fused for block in resfuse.explain(own).blocks) == ("memory_efficient" in options)
 
@@ -235,6 +287,10 @@ def watch_every(model, names, calls):
         ("densenet", ["features.denseblock1.denselayer2", "features.denseblock3", "features.norm5", "features"]),
         ("densenet", ["features.denseblock1.denselayer1.conv1", "features.transition1.pool", "features.pool0"]),
         ("densenet", ["features.denseblock2", "features.transition2", "features"]),
+        ("torchvision-vgg", ["features.4", "features.6", "features"]),
+        ("torchvision-vgg", ["features"]),
+        ("torchvision-densenet", ["features.denseblock1.denselayer2", "features.denseblock3", "features.transition2"]),
+        ("torchvision-densenet", ["features.denseblock1.denselayer1.conv1", "features.norm5", "features"]),
     ],
 )
 def test_every_hook_is_called(network, names):
@@ -255,6 +311,10 @@ def test_every_hook_is_called(network, names):
         ("densenet", lambda m: m.features.add_module("more", nn.ReLU()), "features: its children are conv0"),
         ("densenet", lambda m: m.features.transition1.add_module("more", nn.ReLU()), "its children are norm, relu"),
         ("densenet", lambda m: setattr(m, "features", nn.Sequential(*m.features)), "features is a Sequential"),
+        ("torchvision-vgg", lambda m: m.features.add_module("more", nn.ReLU()), "features: its children are not"),
+        ("torchvision-vgg", lambda m: m.features.__setitem__(1, nn.GroupNorm(2, 4)), "features: 1 is a GroupNorm"),
+        ("torchvision-densenet", lambda m: m.features.add_module("more", nn.ReLU()), "features: its children are c"),
+        ("torchvision-densenet", lambda m: setattr(m.features, "norm5", nn.Identity()), "features: norm5 is a Id"),
     ],
 )
 def test_changed_networks_say_why_they_run_stock(network, change, reason):
@@ -265,7 +325,9 @@ def test_changed_networks_say_why_they_run_stock(network, change, reason):
     torch.testing.assert_close(own(x), model(x), rtol=1e-3, atol=1e-3)
 
 
-SAMPLE = pytest.mark.parametrize("name", ["vgg", "densenet", *(f"{order}-C-basic" for order in ORDERS)])
+ORDER_NAMES = [f"{order}-C-basic" for order in ORDERS]
+SAMPLE = pytest.mark.parametrize("name", ["vgg", "densenet", *ORDER_NAMES])
+LARGER_SAMPLE = pytest.mark.parametrize("name", [*SIZES, *ORDER_NAMES])
 
 
 def sample_images(name, batch):
@@ -284,7 +346,7 @@ def test_whole_graphs_compile(name):
     torch._dynamo.reset()
 
 
-@SAMPLE
+@LARGER_SAMPLE
 def test_copies_and_pickles_stay_fused(name):
     model, x = fused(NETWORKS[name]).eval(), sample_images(name, 2)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -292,7 +354,7 @@ def test_copies_and_pickles_stay_fused(name):
         assert torch.equal(copied(x), model(x))
 
 
-@SAMPLE
+@LARGER_SAMPLE
 def test_tracing_sees_the_stock_graph(name):
     model, x = fused(NETWORKS[name]).eval(), sample_images(name, 2)
     expected = resfuse.unfuse(copy.deepcopy(model))(x)
@@ -325,7 +387,7 @@ def test_autocast(name):
     assert_all_as_exact(*found)
 
 
-@SAMPLE
+@LARGER_SAMPLE
 def test_an_empty_batch(name):
     """Gradients are zeros, as stock's, and statistics stay."""
     model = fused(NETWORKS[name])

@@ -1,4 +1,7 @@
-"""Fused subclasses of :mod:`resfuse.models.densenet`: raw activations and their moments are concatenated."""
+"""DenseNet, fused: raw activations and their moments are concatenated.
+
+Mixins for the parts of any DenseNet with torchvision's names, and the subclasses for :mod:`resfuse.models.densenet`.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from resfuse.models.densenet import DenseBlock, DenseFeatures, DenseLayer, Dense
 from resfuse.parameters import Moments
 
 
-class FusedDenseLayer(nn.HandsOn, DenseLayer):
-    """DenseLayer, fused: a pre-activation unit without shortcut, whose input are the raw features, concatenated."""
+class DenseLayerMixin(nn.HandsOn):
+    """A dense layer, fused: a pre-activation unit without shortcut, whose input are the raw features, concatenated."""
 
     fused_parts = Parts(("conv1", "conv2"), ("norm1", "norm2"), ("relu1", "relu2"))
+    training: bool
 
     @classmethod
     def why_stock_children(cls, block: Any) -> str | None:
@@ -40,8 +44,10 @@ class FusedDenseLayer(nn.HandsOn, DenseLayer):
         return found if wanted else (found, None)
 
 
-class FusedDenseBlock(nn.HandsOn, DenseBlock):
-    """DenseBlock that hands moments on: each feature's are taken once, where it is written, not by all its readers."""
+class DenseBlockMixin(nn.HandsOn):
+    """A dense block that hands moments on: a feature's are taken once, where it is written, not by all its readers."""
+
+    _modules: dict[str, Any]
 
     @classmethod
     def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
@@ -51,9 +57,9 @@ class FusedDenseBlock(nn.HandsOn, DenseBlock):
         if self.why_stock(x) is not None:
             return self._stock_forward(x), None
         features, known = [x], [moments]
-        for layer in self.values():
+        for layer in self._modules.values():
             given = None
-            reads = isinstance(layer, FusedDenseLayer) and layer.training and layer.why_stock(x) is None
+            reads = isinstance(layer, DenseLayerMixin) and layer.training and layer.why_stock(x) is None
             if reads and x.numel() > 0:
                 known = self._moments(features, known)
                 given = _concatenated(known)
@@ -77,9 +83,10 @@ def _concatenated(parts: list[Moments | None]) -> Moments | None:
     return Moments(torch.cat(means), torch.cat(variances))
 
 
-class FusedTransition(nn.HandsOn, Transition):
-    """Transition, fused: a pre-activation unit of one layer, and its pool."""
+class TransitionMixin(nn.HandsOn):
+    """A transition, fused: a pre-activation unit of one layer, and its pool."""
 
+    pool: Any
     fused_parts = Parts(("conv",), ("norm",), ("relu",))
 
     @classmethod
@@ -97,8 +104,8 @@ class FusedTransition(nn.HandsOn, Transition):
         return self.pool(out), None
 
 
-class FusedDenseFeatures(nn.FusedBlock, DenseFeatures):
-    """DenseFeatures with a fused stem, whose blocks hand their moments on, up to the last normalisation."""
+class DenseFeaturesMixin(nn.FusedBlock):
+    """A DenseNet's features with a fused stem, whose blocks hand their moments on, up to the last normalisation."""
 
     fused_parts = Parts(("conv0",), ("norm0", "norm5"), ("relu0",))
 
@@ -113,19 +120,37 @@ class FusedDenseFeatures(nn.FusedBlock, DenseFeatures):
     def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
         return []
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.why_stock(x) is not None else self.ending_in(x, "identity")
 
-    def ending_in(self, x: Tensor, activation: str) -> Tensor:
-        """act(norm5(...)), fused."""
-        children: list[Any] = list(self._modules.values())
-        conv0, norm0, _, pool0, *blocks, norm5 = children
-        stem = nn.conv_parameters(conv0), nn.batch_norm_parameters(norm0)
-        x, moments = nn.pooled(x, stem, pool0, self._resfuse_backend), None
-        for block in blocks:
-            x, moments = nn.run(block, x, moments)
-        bn = nn.batch_norm_parameters(norm5)
-        return functional.bn_act(x, bn, activation=activation, moments=moments, backend=self._resfuse_backend)
+def run_features(features: Any, x: Tensor, activation: str, backend: str | None) -> Tensor:
+    """act(norm5(...)), fused."""
+    conv0, norm0, _, pool0, *blocks, norm5 = features._modules.values()
+    stem = nn.conv_parameters(conv0), nn.batch_norm_parameters(norm0)
+    x, moments = nn.pooled(x, stem, pool0, backend), None
+    for block in blocks:
+        x, moments = nn.run(block, x, moments)
+    bn = nn.batch_norm_parameters(norm5)
+    return functional.bn_act(x, bn, activation=activation, moments=moments, backend=backend)
+
+
+class FusedDenseLayer(DenseLayerMixin, DenseLayer):
+    """DenseLayer, fused."""
+
+
+class FusedDenseBlock(DenseBlockMixin, DenseBlock):
+    """DenseBlock, fused."""
+
+
+class FusedTransition(TransitionMixin, Transition):
+    """Transition, fused."""
+
+
+class FusedDenseFeatures(DenseFeaturesMixin, DenseFeatures):
+    """DenseFeatures, fused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_stock(x) is not None:
+            return super().forward(x)
+        return run_features(self, x, "identity", self._resfuse_backend)
 
 
 class FusedDenseNet(nn.FusedBlock, DenseNet):
@@ -146,7 +171,7 @@ class FusedDenseNet(nn.FusedBlock, DenseNet):
     def _activated(self, x: Tensor) -> Tensor:
         features: Any = self.features
         if isinstance(features, FusedDenseFeatures) and not nn.is_watched(features) and features.why_stock(x) is None:
-            return features.ending_in(x, "relu")
+            return run_features(features, x, "relu", features._resfuse_backend)
         return super()._activated(x)
 
 

@@ -1,4 +1,4 @@
-"""The fused subclass of :mod:`resfuse.models.vgg`'s stages of convolutions."""
+"""VGG's stages of convolutions, fused, in any network that holds them; the subclass for :mod:`resfuse.models.vgg`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Stage = tuple[list[tuple[str, ...]], str]
 """The names of each layer's convolution, norm and ReLU, and of the pool that ends the stage."""
 
 
-def _stages(block: Any) -> list[Stage]:
-    """What the names of the children stand for, if they are still those of a VGG."""
+def stages_of(block: Any) -> list[Stage]:
+    """What the names of the children of a VGG's features stand for; none if they are others."""
     stages: list[Stage] = []
     layers: list[tuple[str, ...]] = []
     names = list(block._modules)
@@ -30,37 +30,37 @@ def _stages(block: Any) -> list[Stage]:
     return stages if not layers else []
 
 
+def run_stages(features: Any, x: Tensor, backend: str | None) -> Tensor:
+    """A stage is a chain of activations that travel raw, and a last layer that ends in its pool."""
+    children = features._modules
+    for names, pool in stages_of(features):
+        layers = [(nn.conv_parameters(children[conv]), nn.batch_norm_parameters(children[bn])) for conv, bn, _ in names]
+        if len(layers) > 1:
+            x = functional.conv_bn_act_chain(x, layers[:-1], backend=backend)
+        x = nn.pooled(x, layers[-1], children[pool], backend)
+    return x
+
+
 class FusedVGGFeatures(nn.FusedBlock, VGGFeatures):
-    """VGGFeatures, fused: a stage is a chain of activations that travel raw, and a last layer that ends in its pool."""
+    """VGGFeatures, fused."""
 
     @classmethod
     def parts_of(cls, block: Any) -> Parts:
-        layers = [layer for layers, _ in _stages(block) for layer in layers]
+        layers = [layer for layers, _ in stages_of(block) for layer in layers]
         return Parts(*zip(*layers, strict=True)) if layers else Parts()
 
     @classmethod
     def why_stock_children(cls, block: Any) -> str | None:
-        if not _stages(block):
+        if not stages_of(block):
             return "its children are not stages of convolution, norm and ReLU that end in a MaxPool2d"
         return super().why_stock_children(block)
 
     @classmethod
     def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
-        return [[block._modules[conv] for conv, *_ in layers[:-1]] for layers, _ in _stages(block)]
+        return [[block._modules[conv] for conv, *_ in layers[:-1]] for layers, _ in stages_of(block)]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_stock(x) is not None:
-            return super().forward(x)
-        children: Any = self._modules
-        backend = self._resfuse_backend
-        for names, pool in _stages(self):
-            layers = [
-                (nn.conv_parameters(children[conv]), nn.batch_norm_parameters(children[bn])) for conv, bn, _ in names
-            ]
-            if len(layers) > 1:
-                x = functional.conv_bn_act_chain(x, layers[:-1], backend=backend)
-            x = nn.pooled(x, layers[-1], children[pool], backend)
-        return x
+        return super().forward(x) if self.why_stock(x) is not None else run_stages(self, x, self._resfuse_backend)
 
 
 FUSED = {VGGFeatures: FusedVGGFeatures}
