@@ -13,17 +13,22 @@ from torch import Tensor
 from resfuse import ops, reference
 from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _recorded
 from resfuse.autograd_norm import Normalized
-from resfuse.parameters import BatchNorm2dParameters, Window
+from resfuse.parameters import BatchNorm2dParameters, Moments, Window
 
 
-def bn_relu_maxpool(x: Tensor, bn: BatchNorm2dParameters, window: Window, *, owned: bool) -> Tensor:
+def bn_relu_maxpool(
+    x: Tensor, bn: BatchNorm2dParameters, window: Window, *, owned: bool, moments: Moments | None = None
+) -> Tensor:
     """BNReLUMaxPoolFunction where a gradient is needed, else the operators alone.
 
     owned: x was made for this call and nobody else reads it, so its memory may be used again for its gradient.
+    moments: x's, where they are known.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bn.weight, bn.bias)):
-        return BNReLUMaxPoolFunction.apply(x, bn.weight, bn.bias, bn, window, owned)
-    own = Normalized(x, bn)
+    given = (None, None) if moments is None or not bn.training else moments
+    tensors = (x, bn.weight, bn.bias, *given)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return BNReLUMaxPoolFunction.apply(*tensors, bn, window, owned)
+    own = Normalized(x, bn, moments)
     return ops.scale_shift_relu_maxpool(x, own.scale, own.shift, *window)[0]
 
 
@@ -39,7 +44,8 @@ class BNReLUMaxPoolFunction(torch.autograd.Function):
 
     With dz the sum of grad_out over the windows that selected a pixel, where relu was active:
     grad_x = dz * scale + (grad_mean + 2 * grad_var * (x - mean)) / M, as in BNActFunction. Kept are x and one byte for
-    each output. A frozen batch normalisation (training False) has no gradient through its statistics.
+    each output. A frozen batch normalisation (training False) has no gradient through its statistics; moments that were
+    given get theirs themselves.
     """
 
     @staticmethod
@@ -48,14 +54,17 @@ class BNReLUMaxPoolFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
         bn: BatchNorm2dParameters,
         window: Window,
         owned: bool,
     ) -> Tensor:
-        own = Normalized(x, bn)
+        own = Normalized(x, bn, None if mean is None or var is None else Moments(mean, var))
         out, indices = ops.scale_shift_relu_maxpool(x, own.scale, own.shift, *window)
         ctx.save_for_backward(x, weight, bias, indices, *own.saved())
         ctx.training, ctx.eps, ctx.window, ctx.owned = own.training, own.eps, window, owned
+        ctx.given = mean is not None
         return out
 
     @staticmethod
@@ -66,7 +75,7 @@ class BNReLUMaxPoolFunction(torch.autograd.Function):
         pooled = (_laid_out_beside(grad_out, x, indices), indices, x, scale, shift, mean)
         sums = ops.scale_shift_relu_maxpool_backward_reduce(*pooled, *ctx.window)
         grad_mean, grad_var, grad_weight = ops.finalize_backward(sums[1], sums[0], var, weight, ctx.eps)
-        through = (grad_mean, grad_var) if ctx.training else (None, None)
+        through = (grad_mean, grad_var) if ctx.training and not ctx.given else (None, None)
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
@@ -75,15 +84,18 @@ class BNReLUMaxPoolFunction(torch.autograd.Function):
                 grad_x = x.detach()
             else:
                 grad_x = ops.scale_shift_relu_maxpool_backward_apply(*pooled, *through, *ctx.window)
-        return grad_x, _cast(grad_weight, weight), _cast(sums[0], bias), None, None, None
+        through = (grad_mean, grad_var) if ctx.given else (None, None)
+        return grad_x, _cast(grad_weight, weight), _cast(sums[0], bias), *through, None, None, None
 
 
 def _double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, _, mean, var, _, _ = ctx.saved_tensors
 
-    def forward(x: Tensor, weight: Any, bias: Any) -> Tensor:
-        m, v = reference.moments(x) if ctx.training else (mean.detach(), var.detach())
-        scale, shift = reference.finalize(m, v, weight, bias, ctx.eps)
+    def forward(x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor) -> Tensor:
+        if not ctx.given:
+            mean, var = reference.moments(x) if ctx.training else (mean.detach(), var.detach())
+        scale, shift = reference.finalize(mean, var, weight, bias, ctx.eps)
         return reference.scale_shift_relu_maxpool(x, scale, shift, *ctx.window)
 
-    return (*_differentiate(forward, [x, weight, bias], grad_out), None, None, None)
+    grads = _differentiate(forward, [x, weight, bias, mean, var], grad_out)
+    return (*grads[:3], *(grads[3:] if ctx.given else (None, None)), None, None, None)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resfuse import _checks, autograd_pool, reference
+from resfuse import _checks, autograd_pool, raw_chain, reference
 from resfuse._calls import as_dense, autocasts, bump_versions, convolve, serving_backend
-from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Size, Window
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments, Size, Window
 
 
 def _bn_relu_maxpool(
-    x: Tensor, bn: BatchNorm2dParameters, window: Window, backend: str | None, *, owned: bool
+    x: Tensor, bn: BatchNorm2dParameters, window: Window, backend: str | None, moments: Moments | None, *, owned: bool
 ) -> Tensor:
     """bn_relu_maxpool on checked arguments. `owned`: nobody else reads x, see :func:`autograd_pool.bn_relu_maxpool`."""
     if serving_backend("bn_relu_maxpool", x, backend) == "reference":
-        return reference.bn_relu_maxpool(x, bn, *window)
-    out = autograd_pool.bn_relu_maxpool(as_dense(x), bn, window, owned=owned)
+        return reference.bn_relu_maxpool(x, bn, *window, moments)
+    out = autograd_pool.bn_relu_maxpool(as_dense(x), bn, window, owned=owned, moments=moments)
     bump_versions(bn)
     return out
 
@@ -27,6 +27,7 @@ def bn_relu_maxpool(
     stride: Size = 2,
     padding: Size = 1,
     *,
+    moments: Moments | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The tail of a stem: out = maxpool(relu(BN(x))), in one pass over x that stores nothing normalised.
@@ -40,6 +41,7 @@ def bn_relu_maxpool(
         kernel_size (int | tuple[int, int]): positive, at most 256 positions; a pair is (vertical, horizontal).
         stride (int | tuple[int, int]): positive.
         padding (int | tuple[int, int]): at most half the kernel_size; a padded position is never the maximum.
+        moments (Moments | None): x's, where whoever wrote x handed them on; else they are taken here, in a pass.
         backend (str | None): see :mod:`resfuse.functional`.
 
     Returns:
@@ -57,7 +59,8 @@ def bn_relu_maxpool(
     window = _checks.check_window(kernel_size, stride, padding)
     _checks.check_window_fits(window, x.shape)
     _checks.check_batch_norm(bn, x.shape, x.device)
-    return _bn_relu_maxpool(x, bn, window, backend, owned=False)
+    _checks.check_moments(moments, x)
+    return _bn_relu_maxpool(x, bn, window, backend, moments, owned=False)
 
 
 def conv_bn_relu_maxpool(
@@ -70,7 +73,7 @@ def conv_bn_relu_maxpool(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """A whole stem: out = maxpool(relu(BN(conv(x)))).
+    """A whole stem, or the last layer of a VGG's stage: out = maxpool(relu(BN(conv(x)))).
 
     Args:
         x (Tensor): (N, C, H, W); float16, bfloat16, float32 or float64; any strides; channels_last is fastest.
@@ -89,4 +92,7 @@ def conv_bn_relu_maxpool(
     window = _checks.check_window(kernel_size, stride, padding)
     _checks.check_window_fits(window, shape)
     _checks.check_batch_norm(bn, shape, x.device)
-    return _bn_relu_maxpool(convolve(x, conv), bn, window, backend, owned=True)
+    if bn.training and raw_chain.why_not(x, [conv], backend) is None:
+        y, moments = raw_chain.conv_stats(x, conv, None)  # keeps y for its own backward
+        return _bn_relu_maxpool(y, bn, window, backend, moments, owned=False)
+    return _bn_relu_maxpool(convolve(x, conv), bn, window, backend, None, owned=True)

@@ -290,9 +290,16 @@ def bn_act(
     return scale_shift_act(x, scale, shift, residual, *batch_norm_affine(residual, residual_bn), activation)
 
 
-def bn_relu_maxpool(x: Tensor, bn: BatchNorm2dParameters, kernel_size: Size, stride: Size, padding: Size) -> Tensor:
-    """maxpool(relu(BN(x)))."""
-    return scale_shift_relu_maxpool(x, *batch_norm_affine(x, bn), kernel_size, stride, padding)
+def bn_relu_maxpool(
+    x: Tensor,
+    bn: BatchNorm2dParameters,
+    kernel_size: Size,
+    stride: Size,
+    padding: Size,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """maxpool(relu(BN(x))); `moments` are x's, where they are known."""
+    return scale_shift_relu_maxpool(x, *batch_norm_affine(x, bn, moments), kernel_size, stride, padding)
 
 
 def conv_bn_act(

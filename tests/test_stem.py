@@ -291,6 +291,33 @@ def test_kept_are_x_and_one_byte_for_each_output(training):
     assert not {t.data_ptr() for t in kept} & {bn.running_mean.data_ptr(), bn.running_var.data_ptr()}
 
 
+@DENSE
+def test_moments_may_be_given(layout):
+    """They are used, their gradients reach x, and running statistics are those of the moments; double backward too."""
+    x, own, results = leaf(stepped((3, 5, 9, 8), layout=layout), DOUBLE), batch_norm(5), []
+    for function in (native, partial(functional.bn_relu_maxpool, backend="reference"), None):
+        bn = copy_of(own, DOUBLE)
+        if function is None:
+            moments, out = (), native(x, bn)
+        else:
+            moments = functional.moments(x)
+            out = function(x, bn, moments=moments)
+        inputs = [x, bn.weight, bn.bias]
+        grads = torch.autograd.grad(out.pow(3).sum(), inputs, create_graph=True)
+        twice = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs, retain_graph=True)
+        results.append([out, *grads, *twice, bn.running_mean, bn.running_var])
+        if moments:
+            assert all(grad.norm() > 1e-3 for grad in torch.autograd.grad(out.sum(), moments))
+    for found in results[:2]:
+        for ours, expected in zip(found, results[2], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+            assert ours.norm() > 1e-3
+    shifted = functional.moments(x.detach() + 1)
+    assert not torch.equal(native(x, bn, moments=shifted), native(x, bn))
+    with pytest.raises(ValueError, match="moments must be"):
+        native(x, bn, moments=shifted[:1])
+
+
 @pytest.mark.parametrize("retain", [False, True], ids=["freed", "retained"])
 @DENSE
 def test_a_stem_may_reuse_the_convolutions_memory(layout, retain):

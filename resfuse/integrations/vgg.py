@@ -57,7 +57,8 @@ class FusedVGGFeatures(nn.FusedBlock, VGGFeatures):
 
     @classmethod
     def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
-        return [[block._modules[conv] for conv, *_ in layers[:-1]] for layers, _ in stages_of(block)]
+        convs = [[block._modules[conv] for conv, *_ in layers] for layers, _ in stages_of(block)]
+        return [part for stage in convs for part in (stage[:-1], stage[-1:])]
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.why_stock(x) is not None else run_stages(self, x, self._resfuse_backend)
