@@ -1,6 +1,7 @@
 """Fused residual kernels for PyTorch: train and serve ResNet-like networks in fewer passes over memory."""
 
 from resfuse import backends, functional, models, nn
+from resfuse.folding import Folded, fold
 from resfuse.fusion import Explanation, explain, fuse, register_block, unfuse
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 
@@ -9,9 +10,11 @@ __all__ = [
     "BatchNorm2dParameters",
     "Conv2dParameters",
     "Explanation",
+    "Folded",
     "Moments",
     "backends",
     "explain",
+    "fold",
     "functional",
     "fuse",
     "models",

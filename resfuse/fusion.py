@@ -102,7 +102,7 @@ class Explanation:
         return json.dumps([asdict(block) for block in self.blocks], indent=1)
 
 
-def _known_class(module: nn.Module) -> type[FusedBlock] | None:
+def known_class(module: nn.Module) -> type[FusedBlock] | None:
     """The fused class that a block has or would get; None where resfuse has none for it."""
     return type(module) if isinstance(module, FusedBlock) else _fused_class(type(module))
 
@@ -112,7 +112,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = []
     inside: set[int] = set()
     for name, module in model.named_modules():
-        fused = _known_class(module)
+        fused = known_class(module)
         known = fused is not None or type(module) is ConvBNAct2d
         holds = any(isinstance(child, _BatchNorm) for child in module.children())
         if not known and (not holds or id(module) in inside):
@@ -126,7 +126,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _why_stock(module: nn.Module, backend: str | None) -> str | None:
     """Why a block, fused with this backend, would run stock if called now in its parameters' device and dtype."""
-    known = _known_class(module)
+    known = known_class(module)
     if known is not None:
         reason = known.why_stock_children(module) or known.why_stock_mode(module)
     elif type(module) is ConvBNAct2d:  # fused by itself
@@ -144,12 +144,16 @@ def explain(model: nn.Module) -> Explanation:
     """How each block of a model runs now.
 
     Args:
-        model (nn.Module): any model, fused or not. Nothing is changed.
+        model (nn.Module): any model, fused or not, or a folded one. Nothing is changed.
 
     Returns:
         Explanation: one entry for each block that resfuse knows and for each other module that directly holds batch
-        normalisation, a block's projection (`downsample`) excepted; as text through str(), as JSON through .to_json().
+        normalisation, a block's projection (`downsample`) excepted; of a folded model, one for each layer that is
+        folded and each module that is not; as text through str(), as JSON through .to_json().
     """
+    own: Any = getattr(model, "_resfuse_explanation", None)
+    if own is not None:  # a folded model explains itself
+        return own()
     reports = []
     for name, module in _blocks(model):
         fused = isinstance(module, FusedBlock)
@@ -222,7 +226,7 @@ def fuse(
     if strict:
         _raise_if_stock(chosen, backend)
     for _, module in chosen:
-        known = _known_class(module)
+        known = known_class(module)
         if known is not None and known.why_stock_children(module) is None:
             module.__class__ = known  # type: ignore[assignment]
             module._resfuse_backend = backend  # type: ignore[assignment]

@@ -1,1 +1,91 @@
 """fold: an eval-only copy of a network, batch normalisation folded into its weights, run by an engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from resfuse.folding import families  # noqa: F401  registers the rules of blocks and networks
+from resfuse.folding.engines import choose
+from resfuse.folding.merge import merge
+from resfuse.folding.module import Folded
+from resfuse.folding.plan import INPUT
+from resfuse.folding.walk import Walk
+
+__all__ = ["Folded", "fold"]
+
+
+def fold(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    example_input: Tensor | None = None,
+    backend: str | None = None,
+) -> Folded:
+    """A copy of a network for inference: batch normalisation in the weights, one pass for each convolution.
+
+    For conv, BN, residual and activation in a row, w' = w * s and b' = b * s + (bias - mean * s), with
+    s = weight / sqrt(var + eps), and out = act(conv(x, w') + b' + residual) is one step. Folded are the networks and
+    blocks that :func:`resfuse.fuse` knows, fused or not, torchvision's VGG and DenseNet, blocks given to
+    :func:`resfuse.register_block` that are residual ones, and every Sequential of convolutions, normalisations,
+    activations, pools and linear layers. What is unknown is copied and called as it is, the known parts inside it
+    folded; :func:`resfuse.explain` of the result says which. The model is left as it is, and later changes of it are
+    not seen: fold again after training.
+
+    Args:
+        model (nn.Module): in eval, every module of it.
+        dtype (torch.dtype | None): of weights and activations, such as torch.bfloat16; None is the dtype of the model's
+            first parameter. Normalisations are folded in float32 before rounding, in float64 for a float64 model.
+        memory_format (torch.memory_format | None): of activations; None is torch.channels_last.
+        example_input (Tensor | None): as the network will get it: shape and device. The engine is prepared with it now;
+            without it at the first call. Other shapes are served as well.
+        backend (str | None): "onednn" or "reference" (plain torch operators); None takes the first that serves.
+
+    Returns:
+        Folded: takes (N, C, H, W) of any floating dtype and strides, and returns what the model returns in eval, in
+        `dtype`. It has save and load, a state_dict of its own, and can be copied, pickled, compiled and exported.
+
+    Raises:
+        TypeError: `model` is no nn.Module, or `dtype` no floating one.
+        ValueError: a module is in training mode, has no running statistics, or has a hook, a parametrization or a
+            forward of its own that folding would drop; a convolution is shared by two normalisations; or a folded
+            weight is NaN or infinite. The message names the module.
+        RuntimeError: the backend is missing.
+
+    Numerics: bias, residual and activation are added to the float32 sums of a convolution before they are rounded,
+        where the engine has such an epilogue; the error against float64 is at most twice that of the model in eval.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    first = next((tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()), None)
+    own = torch.get_default_dtype() if first is None else first.dtype
+    dtype = own if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating one, got {dtype}")
+    for name, module in model.named_modules():
+        if module.training:
+            raise ValueError(f"{name or 'the model'} is in training mode: call model.eval() before fold")
+    layout = torch.channels_last if memory_format is None else memory_format
+    folded = _fold(model, "", dtype, layout, backend, torch.float64 if own == torch.float64 else torch.float32)
+    device = torch.device("cpu") if first is None else first.device
+    choose(folded.plan, device, dtype, backend)  # a missing backend raises now
+    if example_input is not None:
+        folded(example_input)
+    return folded
+
+
+def _fold(
+    model: nn.Module,
+    name: str,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    backend: str | None,
+    precision: torch.dtype,
+) -> Folded:
+    """fold of checked arguments, for a part of a model as well; `precision` is the dtype in which it folds."""
+    walk = Walk(precision, lambda part, path: _fold(part, path, dtype, memory_format, backend, precision))
+    with torch.no_grad():
+        plan = walk.plan(walk.call(model, name, INPUT))
+        folding = merge(plan, walk.tensors, dtype)
+    modules = {path: module.to(dtype).requires_grad_(False) for path, module in walk.modules.items()}
+    return Folded(folding, modules, walk.reasons, dtype, memory_format, backend)

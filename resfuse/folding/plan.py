@@ -7,7 +7,7 @@ named; they lie beside the plan, in a dict or in the buffers of the folded modul
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 INPUT = 0
@@ -21,10 +21,11 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Step:
-    """out = f(input); subclasses say which f. `tensors` and `values` name the fields that hold such references."""
+    """out = f(input); subclasses say which f. `names` are the source's modules that it stands for, in their order."""
 
     input: int
     output: int
+    names: tuple[str, ...] = ()
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -213,11 +214,12 @@ def plan_from_data(data: Mapping[str, Any]) -> Plan:
 
 
 def _step_from_data(item: Mapping[str, Any]) -> Step:
-    options = dict(item)
+    options: dict[str, Any] = dict(item)
     kind = _KINDS.get(options.pop("kind", ""))
     if kind is None or not options.keys() <= {field.name for field in fields(kind)}:
         raise ValueError(f"no step of a plan is {dict(item)!r}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+    pairs = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    return kind(**(options | pairs))
 
 
 def _check_order(steps: Iterable[Step], output: int) -> None:
@@ -228,13 +230,3 @@ def _check_order(steps: Iterable[Step], output: int) -> None:
         written.add(step.output)
     if output not in written:
         raise ValueError(f"the plan's result is value {output}, which no step writes")
-
-
-def renamed(step: Step, values: Mapping[int, int]) -> Step:
-    """The step with its inputs renumbered; values that the mapping lacks stay."""
-    changes: dict[str, Any] = {"input": values.get(step.input, step.input)}
-    if isinstance(step, Ending) and step.residual is not None:
-        changes["residual"] = values.get(step.residual, step.residual)
-    if isinstance(step, Concatenate):
-        changes["others"] = tuple(values.get(value, value) for value in step.others)
-    return replace(step, **changes)

@@ -1,0 +1,29 @@
+"""Engines: what runs a plan. Each has `missing` and `prepare`; the first that serves a device and dtype is chosen."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from resfuse.folding.engines import onednn, reference
+from resfuse.folding.plan import Plan
+
+ENGINES: dict[str, ModuleType] = {"onednn": onednn, "reference": reference}
+"""By name, the best first."""
+
+
+def choose(plan: Plan, device: torch.device, dtype: torch.dtype, requested: str | None) -> str:
+    """The engine for a plan on this device in this dtype.
+
+    Raises:
+        ValueError: `requested` is no engine. RuntimeError: it does not serve this device or dtype.
+    """
+    if requested is None:
+        return next(name for name, engine in ENGINES.items() if engine.missing(plan, device, dtype) is None)
+    if requested not in ENGINES:
+        raise ValueError(f"backend must be one of {', '.join(ENGINES)} or None, got {requested!r}")
+    reason = ENGINES[requested].missing(plan, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend={requested!r} does not serve this network: {reason}")
+    return requested

@@ -1,0 +1,133 @@
+"""The oneDNN engine: convolutions whose bias, residual and activation are their epilogue, with weights packed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resfuse import ops
+from resfuse.folding import plan as plans
+from resfuse.folding.engines import reference
+from resfuse.folding.plan import INPUT, Plan, Step
+
+# how oneDNN's epilogue names an activation: attribute, scalars, algorithm
+_EPILOGUES: dict[str, tuple[str, list[float], str]] = {
+    "identity": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "hardswish": ("hardswish", [], ""),
+    "sigmoid": ("sigmoid", [], ""),
+    "tanh": ("tanh", [], ""),
+}
+# steps that write a tensor of their own, which nothing else refers to
+_FRESH = (plans.Convolution, plans.ScaleShiftAct, plans.PadShortcut, plans.Concatenate)
+
+_convolution = torch.ops.mkldnn._convolution_pointwise.default
+_convolution_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
+
+
+class _Call(NamedTuple):
+    """A step, ready to run: what computes it, what it reads and writes, and what nobody reads afterwards."""
+
+    run: Callable[..., Tensor]
+    reads: tuple[int, ...]
+    output: int
+    dying: tuple[int, ...]
+
+
+def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this engine does not serve a plan; None where it does."""
+    if device.type != "cpu":
+        return f"oneDNN computes on CPUs, not on {device.type}"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return None
+    return f"oneDNN has no fast convolutions in {dtype} on this processor"
+
+
+def prepare(
+    plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Pack the weights for inputs like x, in one run of the plan; other inputs are served too.
+
+    Args:
+        plan (Plan): what to compute.
+        tensors (Mapping[str, Tensor]), modules (Mapping[str, nn.Module]): what its steps name.
+        x (Tensor): (N, C, H, W), in the plan's dtype and memory format.
+
+    Returns:
+        Callable[[Tensor], Tensor]: runs the plan; any number of threads may call it at once.
+    """
+    values = {INPUT: x}
+    producers = {step.output: step for step in plan.steps}
+    calls = []
+    for step, dying in zip(plan.steps, plan.dying(), strict=True):
+        inputs = [values[value] for value in step.reads]
+        call = _Call(_runner(step, tensors, modules, inputs, dying, producers), step.reads, step.output, dying)
+        values[step.output] = call.run(*inputs)
+        for value in dying:
+            del values[value]
+        calls.append(call)
+    return partial(_run, tuple(calls), plan.output)
+
+
+def _run(calls: tuple[_Call, ...], output: int, x: Tensor) -> Tensor:
+    values = {INPUT: x}
+    for run, reads, written, dying in calls:
+        values[written] = run(*[values[value] for value in reads])
+        for value in dying:
+            del values[value]
+    return values[output]
+
+
+def _runner(
+    step: Step,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    inputs: list[Tensor],
+    dying: tuple[int, ...],
+    producers: Mapping[int, Step],
+) -> Callable[..., Tensor]:
+    """What computes one step."""
+    if isinstance(step, plans.Convolution):
+        free = step.residual in dying and isinstance(producers[step.residual], _FRESH)
+        return _convolution_runner(step, tensors, inputs[0], free)
+    if isinstance(step, plans.ScaleShiftAct) and step.activation in ("identity", "relu"):
+        return _pass_runner(step, tensors)
+    return partial(reference.apply, step, tensors, modules)
+
+
+def _convolution_runner(
+    step: plans.Convolution, tensors: Mapping[str, Tensor], x: Tensor, free: bool
+) -> Callable[..., Tensor]:
+    """`free`: the residual's memory may be written over."""
+    geometry: tuple[Any, ...] = (list(step.padding), list(step.stride), list(step.dilation), step.groups)
+    weight = torch.ops.mkldnn._reorder_convolution_weight(tensors[step.weight], *geometry, list(x.shape))
+    bias = None if step.bias is None else tensors[step.bias]
+    attribute, scalars, algorithm = _EPILOGUES[step.activation]
+    if step.residual is None:
+        return lambda x: _convolution(x, weight, bias, *geometry, attribute, scalars, algorithm)
+    bias = None if bias is None else bias.to(weight.dtype)  # a sum takes no other
+    behind = "relu" if attribute == "relu" else None  # nor another activation behind it
+
+    def add(x: Tensor, residual: Tensor) -> Tensor:
+        out = residual if free else residual.clone(memory_format=torch.channels_last)
+        out = _convolution_add_(out, x, weight, bias, *geometry, "add", 1.0, behind, [], "")
+        return out if behind == "relu" else reference.ACTIVATIONS[step.activation](out)
+
+    return add
+
+
+def _pass_runner(step: plans.ScaleShiftAct, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    """A pass over memory, by the native kernel where there is one."""
+    if ops.missing_native["cpu"] is not None or step.scale is None or step.shift is None:
+        return partial(reference.scale_shift_act, step, tensors)
+    scale, shift, relu = tensors[step.scale], tensors[step.shift], step.activation == "relu"
+    return lambda x, residual=None: ops.scale_shift_act(x, scale, shift, residual, None, None, relu)

@@ -1,0 +1,254 @@
+"""Folded: the module that fold returns. It holds a plan and its tensors, and runs them by an engine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resfuse._calls import autocasts, transformed
+from resfuse.folding import engines
+from resfuse.folding.engines import reference
+from resfuse.folding.merge import Folding
+from resfuse.folding.plan import Stock, plan_from_data
+from resfuse.fusion import BlockReport, Explanation
+from resfuse.ops import accumulate_dtype
+
+FORMAT = "resfuse.folded"
+VERSION = 1
+"""Of what `save` writes and of the state_dict."""
+
+
+class Folded(nn.Module):
+    """A network for inference only: what :func:`resfuse.fold` returns.
+
+    Its tensors are buffers named as the modules that they come from, under ``folded``; modules that are not folded are
+    under ``stock``. Called with a tensor that requires a gradient, under torch.compile, and while it is exported or
+    traced, it computes in plain torch operators. Calls from several threads at once are safe; moving it, loading a
+    state_dict and calls at the same time are not.
+
+    Attributes:
+        plan (Plan): its steps.
+        backend (str | None): the engine that was asked for.
+    """
+
+    _version = VERSION
+    _run: Callable[[Tensor], Tensor] | None
+    _lock: threading.Lock
+
+    def __init__(
+        self,
+        folding: Folding,
+        modules: Mapping[str, nn.Module],
+        reasons: Mapping[str, str],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        self.plan, self.backend = folding.plan, backend
+        self.folded, self.stock = nn.Module(), nn.Module()
+        self._dtype, self._memory_format = dtype, memory_format
+        self._reasons = dict(reasons)
+        for name, tensor in folding.tensors.items():
+            parent, _, leaf = name.rpartition(".")
+            _holder(self.folded, parent).register_buffer(leaf, tensor)
+        for name, module in modules.items():
+            parent, _, leaf = name.rpartition(".")
+            _holder(self.stock, parent).add_module(leaf or _ROOT, module)
+        super().train(False)
+        self._forget()
+        self.register_load_state_dict_post_hook(Folded._loaded)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations and weights."""
+        return self._dtype
+
+    def train(self, mode: bool = True) -> Folded:
+        """A folded network cannot be trained: RuntimeError unless `mode` is False."""
+        if mode:
+            raise RuntimeError("a folded network is for inference only: train the network that it was folded from")
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or _is_watched(x):
+            return reference.run(self.plan, *self._parts(), x.to(self._dtype))
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
+        autocast = torch.autocast(x.device.type, enabled=False) if autocasts(x.device.type) else nullcontext()
+        with torch.no_grad(), autocast:
+            x = self._laid_out(x)
+            run = self._run or self._prepared(x)
+            return run(x)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            return x.to(self._dtype).contiguous(memory_format=self._memory_format)
+        return x.to(self._dtype)
+
+    def _prepared(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """What runs the plan. The first call prepares it; other threads that come meanwhile wait."""
+        with self._lock:
+            if self._run is None:
+                engine = engines.ENGINES[engines.choose(self.plan, x.device, self._dtype, self.backend)]
+                self._run = engine.prepare(self.plan, *self._parts(), x)
+            return self._run
+
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
+        """What the plan's names stand for."""
+        tensors = {name: self.folded.get_buffer(name) for step in self.plan.steps for name in step.tensors}
+        stock = [step.module for step in self.plan.steps if isinstance(step, Stock)]
+        return tensors, {name: self.stock.get_submodule(name or _ROOT) for name in stock}
+
+    def _forget(self) -> None:
+        """Whatever was prepared no longer holds."""
+        self._run = None
+        self._lock = threading.Lock()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Folded:
+        super()._apply(fn, recurse)
+        weights = [buffer for buffer in self.folded.buffers() if buffer.dim() > 1]
+        self._dtype = weights[0].dtype if weights else self._dtype
+        for module in self.folded.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.dim() == 1:
+                    module._buffers[name] = buffer.to(accumulate_dtype(self._dtype))
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        version = local_metadata.get("version", VERSION)
+        if version != VERSION:
+            raise ValueError(f"this resfuse reads version {VERSION} of a folded network's state_dict, got {version}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    @staticmethod
+    def _loaded(module: Folded, incompatible_keys: Any) -> None:
+        module._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _resfuse_explanation(self) -> FoldedExplanation:
+        """What :func:`resfuse.explain` says of this network."""
+        reports = []
+        device = next((buffer.device for buffer in self.folded.buffers()), torch.device("cpu"))
+        engine = engines.choose(self.plan, device, self._dtype, self.backend)
+        for step in self.plan.steps:
+            if isinstance(step, Stock):
+                module = self.stock.get_submodule(step.module or _ROOT)
+                reports.append(BlockReport(step.module, type(module).__name__, False, self._reasons[step.module]))
+                inner = [part for part in module.modules() if isinstance(part, Folded)]
+                reports += [report for part in inner for report in part._resfuse_explanation().blocks]
+            elif step.tensors:
+                reports.append(BlockReport(step.names[0], type(step).__name__, True, "", f"{engine}{_absorbed(step)}"))
+        return FoldedExplanation(tuple(reports))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the network to a file of plain data, without code; :meth:`load` reads it.
+
+        Args:
+            path (str | os.PathLike): the file; it is replaced only when everything is written.
+
+        Raises:
+            ValueError: a part is not folded, which is code: pickle the network, or save its state_dict, instead.
+        """
+        if self._reasons:
+            names = ", ".join(name or "the model" for name in self._reasons)
+            raise ValueError(f"save writes no code, but these parts are not folded: {names}")
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "plan": self.plan.to_data(),
+            "tensors": self._parts()[0],
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "memory_format": str(self._memory_format).removeprefix("torch."),
+            "backend": self.backend,
+        }
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(prefix=f"{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(data, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Folded:
+        """Read a network that :meth:`save` wrote.
+
+        Args:
+            path (str | os.PathLike): the file.
+            device (str | torch.device): where its tensors go.
+
+        Raises:
+            ValueError: the file holds something else, or another version of it.
+        """
+        data = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"{path} holds no folded network")
+        if data["version"] != VERSION:
+            raise ValueError(f"this resfuse reads version {VERSION} of a folded network, {path} has {data['version']}")
+        folding = Folding(plan_from_data(data["plan"]), data["tensors"])
+        return cls(
+            folding, {}, {}, getattr(torch, data["dtype"]), getattr(torch, data["memory_format"]), data["backend"]
+        )
+
+
+_ROOT = "model"
+"""The name under which a network that is stock as a whole is kept."""
+
+
+class FoldedExplanation(Explanation):
+    """The steps of a folded network that have tensors, and its modules that are not folded, and why not."""
+
+    def __str__(self) -> str:
+        stock = sum(not block.fused for block in self.blocks)
+        lines = [f"{len(self.blocks) - stock} layers folded, {stock} modules stock"]
+        width = max((len(block.name or "(model)") for block in self.blocks), default=0)
+        for block in self.blocks:
+            state = f"folded, by {block.convolutions}" if block.fused else f"stock: {block.reason}"
+            lines.append(f"  {block.name or '(model)':{width}}  {block.type:13}  {state}")
+        return "\n".join(lines)
+
+
+def _absorbed(step: Any) -> str:
+    """What a step does besides its first module."""
+    parts = [*step.names[1:]]
+    parts += ["a residual"] if getattr(step, "residual", None) is not None else []
+    return f", with {', '.join(parts)}" if parts else ""
+
+
+def _holder(root: nn.Module, path: str) -> nn.Module:
+    """The module at a path below root, made where it is missing."""
+    for name in path.split(".") if path else ():
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root._modules[name]  # type: ignore[assignment]
+    return root
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether something follows the operators of this call: a tracer, autograd, a transform, a kind of tensor."""
+    return (
+        torch.jit.is_tracing()
+        or (x.requires_grad and torch.is_grad_enabled())
+        or type(x) not in (Tensor, nn.Parameter)
+        or transformed()
+    )
