@@ -136,7 +136,7 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_finite(tensor: Tensor, name: str, step: Step) -> None:
-    wrong = int((~tensor.isfinite()).sum())
+    wrong = 0 if tensor.is_meta else int((~tensor.isfinite()).sum())
     if wrong:
         behind = f" with {', '.join(step.names[1:])}" if len(step.names) > 1 else ""
         raise ValueError(

@@ -1,0 +1,244 @@
+"""The module that fold returns: copies, files, state_dicts, exports, compilation, threads, gradients, autocast."""
+
+import copy
+import os
+import pickle
+import threading
+
+import pytest
+import torch
+from folded import assert_same_classes, engines_for, photographs, settle, stock_and_exact
+from networks import torchvision_models
+from torch import nn
+
+import resfuse
+from resfuse.folding import engines
+from resfuse.folding.plan import Plan, plan_from_data
+from resfuse.models.cifar import CifarResNet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return photographs(4, 32)
+
+
+@pytest.fixture(scope="module")
+def model(images):
+    torch.manual_seed(0)
+    return settle(CifarResNet(14, shortcut="B"), images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_save_and_load_give_the_same_bits(model, images, dtype, tmp_path):
+    folded = resfuse.fold(model, dtype, backend="reference")
+    folded.save(tmp_path / "network.pt")
+    assert os.listdir(tmp_path) == ["network.pt"]
+    loaded = resfuse.Folded.load(tmp_path / "network.pt")
+    assert torch.equal(loaded(images), folded(images)) and loaded.dtype == dtype
+    assert loaded.plan == folded.plan and str(resfuse.explain(loaded)) == str(resfuse.explain(folded))
+    folded.save(tmp_path / "network.pt")  # over itself
+    assert torch.equal(resfuse.Folded.load(tmp_path / "network.pt")(images), folded(images))
+
+
+def test_a_failed_save_leaves_the_old_file(model, images, tmp_path, monkeypatch):
+    path = tmp_path / "network.pt"
+    resfuse.fold(model).save(path)
+    before = path.read_bytes()
+
+    def fail(data, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        resfuse.fold(model).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["network.pt"]
+
+
+def test_load_refuses_other_files_and_versions(model, tmp_path, monkeypatch):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other.pt holds no folded network"):
+        resfuse.Folded.load(tmp_path / "other.pt")
+    monkeypatch.setattr("resfuse.folding.module.VERSION", 2)
+    resfuse.fold(model).save(tmp_path / "newer.pt")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"reads version 1 of a folded network, .*newer.pt has 2"):
+        resfuse.Folded.load(tmp_path / "newer.pt")
+
+
+def test_save_refuses_what_is_code(tmp_path):
+    folded = resfuse.fold(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Softplus(), nn.GroupNorm(2, 4)).eval())
+    with pytest.raises(ValueError, match=r"parts are not folded: 1, 2"):
+        folded.save(tmp_path / "network.pt")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_plan_is_data_and_broken_data_are_refused(model):
+    plan = resfuse.fold(model).plan
+    data = plan.to_data()
+    assert plan_from_data(data) == plan
+    for broken, message in (
+        ({"steps": [{**data["steps"][0], "kind": "Attention"}], "output": 1}, "no step of a plan"),
+        ({"steps": [{**data["steps"][0], "colour": 1}], "output": 1}, "no step of a plan"),
+        ({"steps": data["steps"][1:], "output": data["output"]}, "before it is written"),
+        ({"steps": data["steps"], "output": 999}, "value 999, which no step writes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_from_data(broken)
+
+
+def test_a_value_dies_with_its_last_reader_and_the_result_never(model):
+    plan = resfuse.fold(model).plan
+    dying = plan.dying()
+    freed = [value for values in dying for value in values]
+    assert sorted(freed) == sorted(step.output for step in plan.steps if step.output != plan.output)
+    for index, values in enumerate(dying):
+        later = {value for step in plan.steps[index + 1 :] for value in step.reads}
+        assert later.isdisjoint(values)
+    assert Plan(plan.steps, 0).dying()[0] == ()  # nor the input
+
+
+def test_state_dict_round_trip_and_version(model, images):
+    torch.manual_seed(1)
+    folded, other = resfuse.fold(model), resfuse.fold(settle(CifarResNet(14, shortcut="B"), images))
+    before = other(images)
+    state = folded.state_dict()
+    assert state._metadata[""]["version"] == 1 and "folded.layer1.0.conv1.bias" in state
+    other.load_state_dict(state)
+    assert torch.equal(other(images), folded(images)) and not torch.equal(other(images), before)
+    state._metadata[""]["version"] = 7
+    with pytest.raises(ValueError, match=r"reads version 1 of a folded network's state_dict, got 7"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
+def test_copies_give_the_same_bits(model, images, called):
+    folded = resfuse.fold(model, torch.bfloat16)
+    if called:
+        folded(images)
+    for other in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+        assert torch.equal(other(images), folded(images))
+        assert not other.training and str(resfuse.explain(other)) == str(resfuse.explain(folded))
+
+
+def test_a_network_with_stock_parts_is_pickled(images):
+    folded = resfuse.fold(settle(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), images))
+    assert torch.equal(pickle.loads(pickle.dumps(folded))(images), folded(images))
+
+
+def test_moving_to_another_dtype_moves_the_network(model, images):
+    folded = resfuse.fold(model)
+    folded(images)
+    halved = folded.to(torch.bfloat16)
+    assert halved is folded and halved.dtype == torch.bfloat16 and halved(images).dtype == torch.bfloat16
+    assert halved.folded.conv1.bias.dtype == torch.float32  # vectors are added to float32 sums
+    torch.testing.assert_close(halved(images).float(), model(images), atol=0.1, rtol=0.1)
+
+
+def test_it_cannot_be_trained(model):
+    folded = resfuse.fold(model)
+    with pytest.raises(RuntimeError, match="for inference only"):
+        folded.train()
+    assert folded.eval() is folded and folded.train(False) is folded
+    assert not list(folded.parameters())
+
+
+def test_gradients_to_the_input_are_the_models(model, images):
+    ours, stock = images.clone().requires_grad_(), images.clone().requires_grad_()
+    resfuse.fold(model)(ours).square().sum().backward()
+    model(stock).square().sum().backward()
+    length = stock.grad.norm()
+    assert length > 0.1 and (ours.grad - stock.grad).norm() < 1e-4 * length
+
+
+def test_transforms_and_autocast_leave_its_dtype(model, images):
+    folded = resfuse.fold(model)
+    plain = folded(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(folded(images), plain)
+    each = torch.func.vmap(lambda x: folded(x[None])[0])(images)
+    torch.testing.assert_close(each, plain, atol=1e-4, rtol=1e-4)
+    with pytest.raises(TypeError, match=r"floating point tensor, got torch.int64"):
+        folded(torch.zeros(1, 3, 32, 32, dtype=torch.int64))
+
+
+def test_torch_compile_takes_the_whole_graph(model, images):
+    folded = resfuse.fold(model)
+    compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), folded(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled(images[:2]), folded(images[:2]), atol=1e-5, rtol=1e-5)
+
+
+def test_export_and_traces_compute_the_same(model, images):
+    folded = resfuse.fold(model)
+    plain = folded(images)
+    exported = torch.export.export(folded, (images,), dynamic_shapes={"x": {0: torch.export.Dim("n", min=1, max=64)}})
+    for run in (exported.module(), torch.jit.trace(folded, images), torch.fx.symbolic_trace(folded)):
+        torch.testing.assert_close(run(images), plain, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run(images[:2]), plain[:2], atol=1e-5, rtol=1e-5)
+    assert not any(node.target is torch.ops.aten.batch_norm.default for node in exported.graph.nodes)
+
+
+def test_onnx_runtime_classifies_photographs_as_the_model(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    photos = photographs(8, 64).contiguous()
+    network = settle(torchvision_models().resnet18(num_classes=10), photos)
+    path = tmp_path / "network.onnx"
+    torch.onnx.export(resfuse.fold(network), (photos,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    out = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: photos.numpy()})[0])
+    stock, exact = stock_and_exact(network, photos, torch.float32)
+    assert (out - exact).norm() <= 1e-5 * exact.norm()
+    assert_same_classes(out, stock, exact)
+
+
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+def test_threads_that_call_one_network_get_their_own_results(model, images, backend):
+    folded = resfuse.fold(model, backend=backend)
+    inputs = [images, images.flip(3), images[:2], images.flip(2)]
+    expected = [resfuse.fold(model, backend=backend)(x) for x in inputs]
+    start, wrong = threading.Barrier(len(inputs)), []
+
+    def call(x, wanted):
+        start.wait()  # the first call of all at once
+        for _ in range(20):
+            if not torch.allclose(folded(x), wanted, atol=1e-5, rtol=1e-5):
+                wrong.append(x.shape)
+
+    threads = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_result_is_the_callers_own(model, images):
+    folded = resfuse.fold(model)
+    first = folded(images)
+    kept = first.clone()
+    folded(images.flip(3))
+    assert torch.equal(first, kept)
+
+
+def test_the_engine_is_prepared_once_and_by_an_example(model, images, monkeypatch):
+    chosen = engines.ENGINES[engines.choose(resfuse.fold(model).plan, images.device, torch.float32, None)]
+    prepare, calls = chosen.prepare, []
+    monkeypatch.setattr(chosen, "prepare", lambda *args: calls.append(args) or prepare(*args))
+    folded = resfuse.fold(model, example_input=images)
+    assert len(calls) == 1
+    folded(images), folded(images[:1])
+    assert len(calls) == 1
+    folded.load_state_dict(folded.state_dict())
+    folded(images)
+    assert len(calls) == 2
+
+
+def test_a_meta_network_folds_without_memory():
+    with torch.device("meta"):
+        model = CifarResNet(8).eval()
+        folded = resfuse.fold(model)
+        assert folded(torch.empty(2, 3, 32, 32)).shape == (2, 10)
