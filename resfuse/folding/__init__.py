@@ -39,7 +39,8 @@ def fold(
         memory_format (torch.memory_format | None): of activations; None is torch.channels_last.
         example_input (Tensor | None): as the network will get it: shape and device. The engine is prepared with it now;
             without it at the first call. Other shapes are served as well.
-        backend (str | None): "onednn" or "reference" (plain torch operators); None takes the first that serves.
+        backend (str | None): an engine: "onednn", "cuda" or "reference" (plain torch operators); None takes the first
+            that serves.
 
     Returns:
         Folded: takes (N, C, H, W) of any floating dtype and strides, and returns what the model returns in eval, in

@@ -6,10 +6,10 @@ from types import ModuleType
 
 import torch
 
-from resfuse.folding.engines import onednn, reference
+from resfuse.folding.engines import cuda, onednn, reference
 from resfuse.folding.plan import Plan
 
-ENGINES: dict[str, ModuleType] = {"onednn": onednn, "reference": reference}
+ENGINES: dict[str, ModuleType] = {"onednn": onednn, "cuda": cuda, "reference": reference}
 """By name, the best first."""
 
 

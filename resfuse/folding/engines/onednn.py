@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resfuse import ops
 from resfuse.folding import plan as plans
-from resfuse.folding.engines import reference
-from resfuse.folding.plan import INPUT, Plan, Step
+from resfuse.folding.engines import calls, reference
+from resfuse.folding.plan import Plan, Step
 
 # how oneDNN's epilogue names an activation: attribute, scalars, algorithm
 _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
@@ -30,15 +30,6 @@ _FRESH = (plans.Convolution, plans.ScaleShiftAct, plans.PadShortcut, plans.Conca
 
 _convolution = torch.ops.mkldnn._convolution_pointwise.default
 _convolution_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
-
-
-class _Call(NamedTuple):
-    """A step, ready to run: what computes it, what it reads and writes, and what nobody reads afterwards."""
-
-    run: Callable[..., Tensor]
-    reads: tuple[int, ...]
-    output: int
-    dying: tuple[int, ...]
 
 
 def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -65,48 +56,20 @@ def prepare(
     Returns:
         Callable[[Tensor], Tensor]: runs the plan; any number of threads may call it at once.
     """
-    values = {INPUT: x}
     producers = {step.output: step for step in plan.steps}
-    calls = []
-    for step, dying in zip(plan.steps, plan.dying(), strict=True):
-        inputs = [values[value] for value in step.reads]
-        call = _Call(_runner(step, tensors, modules, inputs, dying, producers), step.reads, step.output, dying)
-        values[step.output] = call.run(*inputs)
-        for value in dying:
-            del values[value]
-        calls.append(call)
-    return partial(_run, tuple(calls), plan.output)
+
+    def make(step: Step, inputs: list[Tensor], dying: tuple[int, ...]) -> calls.Run:
+        if isinstance(step, plans.Convolution):
+            free = step.residual in dying and isinstance(producers[step.residual], _FRESH)
+            return _convolution_runner(step, tensors, inputs[0], free)
+        if isinstance(step, plans.ScaleShiftAct) and step.activation in ("identity", "relu"):
+            return _pass_runner(step, tensors)
+        return partial(reference.apply, step, tensors, modules)
+
+    return calls.prepare(plan, x, make)
 
 
-def _run(calls: tuple[_Call, ...], output: int, x: Tensor) -> Tensor:
-    values = {INPUT: x}
-    for run, reads, written, dying in calls:
-        values[written] = run(*[values[value] for value in reads])
-        for value in dying:
-            del values[value]
-    return values[output]
-
-
-def _runner(
-    step: Step,
-    tensors: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-    inputs: list[Tensor],
-    dying: tuple[int, ...],
-    producers: Mapping[int, Step],
-) -> Callable[..., Tensor]:
-    """What computes one step."""
-    if isinstance(step, plans.Convolution):
-        free = step.residual in dying and isinstance(producers[step.residual], _FRESH)
-        return _convolution_runner(step, tensors, inputs[0], free)
-    if isinstance(step, plans.ScaleShiftAct) and step.activation in ("identity", "relu"):
-        return _pass_runner(step, tensors)
-    return partial(reference.apply, step, tensors, modules)
-
-
-def _convolution_runner(
-    step: plans.Convolution, tensors: Mapping[str, Tensor], x: Tensor, free: bool
-) -> Callable[..., Tensor]:
+def _convolution_runner(step: plans.Convolution, tensors: Mapping[str, Tensor], x: Tensor, free: bool) -> calls.Run:
     """`free`: the residual's memory may be written over."""
     geometry: tuple[Any, ...] = (list(step.padding), list(step.stride), list(step.dilation), step.groups)
     weight = torch.ops.mkldnn._reorder_convolution_weight(tensors[step.weight], *geometry, list(x.shape))
@@ -125,7 +88,7 @@ def _convolution_runner(
     return add
 
 
-def _pass_runner(step: plans.ScaleShiftAct, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+def _pass_runner(step: plans.ScaleShiftAct, tensors: Mapping[str, Tensor]) -> calls.Run:
     """A pass over memory, by the native kernel where there is one."""
     if ops.missing_native["cpu"] is not None or step.scale is None or step.shift is None:
         return partial(reference.scale_shift_act, step, tensors)

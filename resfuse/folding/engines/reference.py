@@ -15,9 +15,6 @@ from resfuse import ops
 from resfuse.folding import plan as plans
 from resfuse.folding.plan import INPUT, Plan, Step
 
-Run = Callable[..., Tensor]
-"""Computes one step from the values that it reads, in their order."""
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,
