@@ -12,7 +12,7 @@ from networks import torchvision_models
 from torch import nn
 
 import resfuse
-from resfuse.folding import engines
+from resfuse.folding import engines, pages
 from resfuse.folding.plan import Plan, plan_from_data
 from resfuse.models.cifar import CifarResNet
 
@@ -40,6 +40,21 @@ def test_save_and_load_give_the_same_bits(model, images, dtype, tmp_path):
     assert loaded.plan == folded.plan and str(resfuse.explain(loaded)) == str(resfuse.explain(folded))
     folded.save(tmp_path / "network.pt")  # over itself
     assert torch.equal(resfuse.Folded.load(tmp_path / "network.pt")(images), folded(images))
+
+
+def test_a_loaded_network_gives_its_files_pages_back_once_they_are_packed(model, images, tmp_path, monkeypatch):
+    folded = resfuse.fold(model)
+    folded.save(tmp_path / "network.pt")
+    given, really = [], pages.give_back
+    monkeypatch.setattr(pages, "give_back", lambda tensor: (given.append(tensor.data_ptr()), really(tensor)))
+    loaded = resfuse.Folded.load(tmp_path / "network.pt")
+    assert torch.equal(loaded(images), folded(images))
+    convolutions = [name for name in dict(loaded.folded.named_buffers()) if "conv" in name and name.endswith("weight")]
+    assert {loaded.folded.get_buffer(name).data_ptr() for name in convolutions} <= set(given)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.folded.buffers(), folded.folded.buffers(), strict=True))
+    count = len(given)
+    resfuse.fold(model)(images)
+    assert len(given) == count  # nothing of a network that was not loaded
 
 
 def test_a_failed_save_leaves_the_old_file(model, images, tmp_path, monkeypatch):

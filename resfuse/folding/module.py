@@ -17,6 +17,7 @@ from resfuse._calls import autocasts, transformed
 from resfuse.folding import engines
 from resfuse.folding.engines import reference
 from resfuse.folding.merge import Folding
+from resfuse.folding.pages import OneAtATime
 from resfuse.folding.plan import Stock, plan_from_data
 from resfuse.fusion import BlockReport, Explanation
 from resfuse.ops import accumulate_dtype
@@ -63,6 +64,7 @@ class Folded(nn.Module):
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")
             _holder(self.stock, parent).add_module(leaf or _ROOT, module)
+        self._mapped = False  # whether the tensors are in a file that load has mapped
         super().train(False)
         self._forget()
         self.register_load_state_dict_post_hook(Folded._loaded)
@@ -99,7 +101,8 @@ class Folded(nn.Module):
         with self._lock:
             if self._run is None:
                 engine = engines.ENGINES[engines.choose(self.plan, x.device, self._dtype, self.backend)]
-                self._run = engine.prepare(self.plan, *self._parts(), x)
+                tensors, modules = self._parts()
+                self._run = engine.prepare(self.plan, OneAtATime(tensors) if self._mapped else tensors, modules, x)
             return self._run
 
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
@@ -139,6 +142,7 @@ class Folded(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._mapped = False
         self._forget()
 
     def _resfuse_explanation(self) -> FoldedExplanation:
@@ -191,7 +195,7 @@ class Folded(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Folded:
-        """Read a network that :meth:`save` wrote.
+        """Read a network that :meth:`save` wrote; its tensors stay in the file, which may be replaced but not changed.
 
         Args:
             path (str | os.PathLike): the file.
@@ -200,15 +204,16 @@ class Folded(nn.Module):
         Raises:
             ValueError: the file holds something else, or another version of it.
         """
-        data = torch.load(path, map_location=device, weights_only=True)
+        data = torch.load(path, map_location=device, weights_only=True, mmap=True)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{path} holds no folded network")
         if data["version"] != VERSION:
             raise ValueError(f"this resfuse reads version {VERSION} of a folded network, {path} has {data['version']}")
         folding = Folding(plan_from_data(data["plan"]), data["tensors"])
-        return cls(
-            folding, {}, {}, getattr(torch, data["dtype"]), getattr(torch, data["memory_format"]), data["backend"]
-        )
+        layout = getattr(torch, data["memory_format"])
+        network = cls(folding, {}, {}, getattr(torch, data["dtype"]), layout, data["backend"])
+        network._mapped = True
+        return network
 
 
 _ROOT = "model"
