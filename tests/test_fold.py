@@ -192,6 +192,38 @@ def test_the_known_parts_of_an_unknown_model_fold():
     assert isinstance(model.backbone, CifarResNet)
 
 
+def test_an_unknown_model_may_go_through_its_blocks_and_hand_them_a_residual():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            self.stage = nn.Sequential(*(resfuse.models.resnet.BasicBlock(8, 8) for _ in range(3)))
+            self.last = resfuse.nn.ConvBNAct2d(8, 8)
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.stage[:2]:
+                x = block(x)
+            return self.last(x, x).mean((2, 3))
+
+    images = photographs()
+    model = settle(Network(), images)
+    folded = resfuse.fold(model)
+    assert_folded(folded, model, images, torch.float32)
+    names = [block.name for block in resfuse.explain(folded).blocks]
+    assert names == ["", "stem.0", *(f"stage.{i}.conv{j}" for i in range(3) for j in (1, 2))]
+
+
+def test_layers_of_our_own_fold():
+    layers = nn.Sequential(resfuse.nn.ConvBNAct2d(3, 8), resfuse.nn.ConvBNAct2d(8, 10, activation="identity"),
+                           resfuse.nn.BNAct2d(10), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
+    images = photographs()
+    model = settle(layers, images)
+    folded = resfuse.fold(model)
+    assert_folded(folded, model, images, torch.float32)
+    assert [step.activation for step in folded.plan.steps[:3]] == ["relu", "identity", "relu"]
+
+
 def test_what_cannot_fold_stays_stock_and_explain_says_so():
     model = torchvision_models().ResNet(
         torchvision_models().resnet.BasicBlock, [1, 1, 1, 1], 10, norm_layer=lambda c: nn.GroupNorm(4, c)

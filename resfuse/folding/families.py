@@ -62,12 +62,12 @@ def zero_pad(walk: Walk, shortcut: Any, name: str, x: int) -> int:
     return walk.write(plans.PadShortcut, x, name, stride=shortcut.stride, channels=shortcut.out_channels)
 
 
-@rule("resfuse.nn.BNAct2d")
+@rule("resfuse.nn.BNAct2d", takes_more=True)
 def bn_act(walk: Walk, module: Any, name: str, x: int) -> int:
     return _ended(walk, batch_norm(walk, module, name, x), module)
 
 
-@rule("resfuse.nn.ConvBNAct2d")
+@rule("resfuse.nn.ConvBNAct2d", takes_more=True)
 def conv_bn_act(walk: Walk, module: Any, name: str, x: int) -> int:
     return _ended(walk, walk.children(module, name, x), module)
 
@@ -89,7 +89,7 @@ def dense_block(walk: Walk, block: Any, name: str, x: int) -> int:
     return _concatenated(walk, features)
 
 
-@rule("torchvision.models.densenet._DenseLayer", "resfuse.models.densenet.DenseLayer")
+@rule("torchvision.models.densenet._DenseLayer", "resfuse.models.densenet.DenseLayer", takes_more=True)
 def dense_layer(walk: Walk, layer: nn.Module, name: str, x: int) -> int:
     return _run(walk, layer, name, x, "norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
 

@@ -80,6 +80,9 @@ class Folded(nn.Module):
             raise RuntimeError("a folded network is for inference only: train the network that it was folded from")
         return super().train(False)
 
+    def extra_repr(self) -> str:
+        return f"{len(self.plan.steps)} steps, dtype={self._dtype}, backend={self.backend!r}"
+
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or _is_watched(x):
             return reference.run(self.plan, *self._parts(), x.to(self._dtype))

@@ -32,11 +32,17 @@ _FORWARDS = {
 }  # fmt: skip
 
 
-def rule(*classes: str) -> Callable[[Rule], Rule]:
+_TAKES_MORE: set[Rule] = set()
+"""Rules of classes that unknown modules may call with more than one tensor."""
+
+
+def rule(*classes: str, takes_more: bool = False) -> Callable[[Rule], Rule]:
     """Register a function as the rule of classes, given by their full names."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(classes, function))
+        if takes_more:
+            _TAKES_MORE.add(function)
         return function
 
     return register
@@ -146,12 +152,15 @@ class Walk:
 
 
 def known_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The largest parts of an unknown module that have a rule and hold something to fold, by qualified name."""
+    """The parts of an unknown module that fold, by qualified name: the largest that have a rule and hold a norm.
+
+    A Sequential of blocks stays: the module may go through it, or take a slice.
+    """
     found: list[tuple[str, nn.Module]] = []
 
     def visit(part: nn.Module, path: str) -> None:
         for name, child in part.named_children():
-            if rule_of(child) is not None and any(is_norm(inner) for inner in child.modules() if inner is not child):
+            if _folds_alone(child):
                 found.append((joined(path, name), child))
             else:
                 visit(child, joined(path, name))
@@ -160,9 +169,13 @@ def known_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch normalisation that folds."""
-    return rule_of(module) is batch_norm
+def _folds_alone(module: nn.Module) -> bool:
+    found = rule_of(module)
+    if found is None or found in _TAKES_MORE:
+        return False
+    if found is sequential and all(any(True for _ in child.children()) for child in module.children()):
+        return False
+    return any(rule_of(inner) is batch_norm for inner in module.modules() if inner is not module)
 
 
 def check_plain(module: nn.Module, name: str) -> None:
