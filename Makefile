@@ -21,6 +21,7 @@ test: venv
 bench: venv
 	$(BIN)/python benchmarks/bench_units.py
 	$(BIN)/python benchmarks/bench_models.py
+	$(BIN)/python benchmarks/bench_serving.py
 	$(BIN)/python benchmarks/report.py
 
 # on a machine with an NVIDIA GPU, under a Python that has torch: no environment, no network
