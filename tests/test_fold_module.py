@@ -210,6 +210,17 @@ def test_onnx_runtime_classifies_photographs_as_the_model(tmp_path):
     assert_same_classes(out, stock, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_inputs_of_other_shapes_and_of_no_images(model, images, dtype):
+    folded = resfuse.fold(model, dtype)
+    for called in (False, True):
+        for shape in ((3, 32, 32), (2, 4, 32, 32), (2, 3)):
+            with pytest.raises(ValueError, match=rf"x must have shape \(N, 3, H, W\), got \({shape[0]}, {shape[1]}"):
+                folded(torch.zeros(shape))
+        assert folded(images[:0]).shape == (0, 10), called
+        assert folded(images[:, :, :1, :7]).shape == (4, 10)
+
+
 @pytest.mark.parametrize("backend", engines_for(torch.float32))
 def test_threads_that_call_one_network_get_their_own_results(model, images, backend):
     folded = resfuse.fold(model, backend=backend)

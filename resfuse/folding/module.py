@@ -18,7 +18,7 @@ from resfuse.folding import engines
 from resfuse.folding.engines import reference
 from resfuse.folding.merge import Folding
 from resfuse.folding.pages import OneAtATime
-from resfuse.folding.plan import Stock, plan_from_data
+from resfuse.folding.plan import INPUT, Convolution, Stock, plan_from_data
 from resfuse.fusion import BlockReport, Explanation
 from resfuse.ops import accumulate_dtype
 
@@ -58,6 +58,7 @@ class Folded(nn.Module):
         self.folded, self.stock = nn.Module(), nn.Module()
         self._dtype, self._memory_format = dtype, memory_format
         self._reasons = dict(reasons)
+        self._channels = _input_channels(folding)
         for name, tensor in folding.tensors.items():
             parent, _, leaf = name.rpartition(".")
             _holder(self.folded, parent).register_buffer(leaf, tensor)
@@ -84,15 +85,23 @@ class Folded(nn.Module):
         return f"{len(self.plan.steps)} steps, dtype={self._dtype}, backend={self.backend!r}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or _is_watched(x):
+        if isinstance(x, torch.fx.Proxy):
             return reference.run(self.plan, *self._parts(), x.to(self._dtype))
-        if not x.is_floating_point():
-            raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
+        self._check(x)
+        if torch.compiler.is_compiling() or _is_watched(x) or x.numel() == 0:
+            return reference.run(self.plan, *self._parts(), x.to(self._dtype))
         autocast = torch.autocast(x.device.type, enabled=False) if autocasts(x.device.type) else nullcontext()
         with torch.no_grad(), autocast:
             x = self._laid_out(x)
             run = self._run or self._prepared(x)
             return run(x)
+
+    def _check(self, x: Tensor) -> None:
+        """Raise an error that says what x must be; a network whose first step is no convolution takes any shape."""
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
+        if self._channels is not None and (x.dim() != 4 or x.shape[1] != self._channels):
+            raise ValueError(f"x must have shape (N, {self._channels}, H, W), got {tuple(x.shape)}")
 
     def _laid_out(self, x: Tensor) -> Tensor:
         if x.dim() == 4:
@@ -234,6 +243,14 @@ class FoldedExplanation(Explanation):
             state = f"folded, by {block.convolutions}" if block.fused else f"stock: {block.reason}"
             lines.append(f"  {block.name or '(model)':{width}}  {block.type:13}  {state}")
         return "\n".join(lines)
+
+
+def _input_channels(folding: Folding) -> int | None:
+    """The channels of the network's input, where a convolution reads it."""
+    for step in folding.plan.steps:
+        if isinstance(step, Convolution) and step.input == INPUT:
+            return folding.tensors[step.weight].shape[1] * step.groups
+    return None
 
 
 def _absorbed(step: Any) -> str:
