@@ -2,42 +2,26 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from stand_in import Clock
 from torch import nn
 
 from resfuse import fuse, models, ops
 from resfuse.bench import convolutions, parity
 from resfuse.bench.environment import describe, environment, native_environment
 from resfuse.bench.memory import keep_freed_memory, model_tensors, peak_resident_bytes, saved_memory
-from resfuse.bench.records import append, read
+from resfuse.bench.records import append, cell, parse, read, timings
 from resfuse.bench.shapes import batch_norm_shapes, conv_shapes
-from resfuse.bench.timing import calls_for, compare, interleave, milliseconds, quantile, summarise
+from resfuse.bench.timing import calls_for, compare, interleave, interval, milliseconds, quantile, summarise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
-
-
-class Clock:
-    """Seconds that pass only when something says so."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-    def work(self, seconds, log=None, name=None):
-        def run():
-            self.now += seconds
-            if log is not None:
-                log.append(name)
-
-        return run
 
 
 @pytest.mark.parametrize("q", [0.0, 0.2, 0.5, 0.8, 1.0])
@@ -55,15 +39,49 @@ def test_quantile_refuses(samples, q):
 
 def test_summary_and_milliseconds():
     assert summarise([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
-    assert milliseconds([0.002]) == {"p20_ms": 2.0, "median_ms": 2.0, "p80_ms": 2.0, "samples": 1}
+    assert milliseconds([0.002]) == {"p20_ms": 2.0, "median_ms": 2.0, "p80_ms": 2.0, "samples": 1, "values_ms": [2.0]}
 
 
 def test_compare_keeps_pairs():
     # the machine slows down threefold in the last round: only the pairs still say 1/2
     ratio = compare({"ours": [1.0, 1.0, 3.0, 3.0], "stock": [2.0, 2.0, 6.0, 6.0]}, "ours", "stock")
-    assert ratio == (0.5, 0.5)
-    assert compare({"a": [1.0, 4.0, 1.0], "b": [2.0, 1.0, 2.0]}, "a", "b") == (0.5, 0.5)
-    assert compare({"a": [1.0, 2.0, 9.0], "b": [1.0, 4.0, 3.0]}, "a", "b") == pytest.approx((2 / 3, 1.0))
+    assert ratio[:2] == (0.5, 0.5)
+    assert compare({"a": [1.0, 4.0, 1.0], "b": [2.0, 1.0, 2.0]}, "a", "b")[:2] == (0.5, 0.5)
+    assert compare({"a": [1.0, 2.0, 9.0], "b": [1.0, 4.0, 3.0]}, "a", "b")[:2] == pytest.approx((2 / 3, 1.0))
+
+
+def noisy(seconds, rounds, seed, drift=0.3, noise=0.03):
+    """Samples of callables that take these seconds, on a machine whose speed drifts, with noise of their own."""
+    generator = random.Random(seed)
+    speeds = [math.exp(generator.gauss(0, drift)) for _ in range(rounds)]
+    return {n: [s * v * math.exp(generator.gauss(0, noise)) for v in speeds] for n, s in seconds.items()}
+
+
+def test_the_interval_of_a_thing_with_itself_contains_1():
+    ratios = [compare(noisy({"a": 1.0, "b": 1.0}, 9, seed), "a", "b") for seed in range(100)]
+    assert sum(ratio.decided for ratio in ratios) <= 5
+    assert max(ratio.high - ratio.low for ratio in ratios) < 0.5  # and says something, for all the drift
+
+
+def test_the_interval_of_a_difference_contains_it_and_not_1():
+    ratios = [compare(noisy({"a": 1.2, "b": 1.0}, 15, seed), "a", "b") for seed in range(100)]
+    assert sum(ratio.low <= 1.2 <= ratio.high for ratio in ratios) >= 95
+    assert sum(ratio.decided for ratio in ratios) >= 90
+
+
+def test_few_rounds_decide_nothing():
+    few = compare({"a": [1.0] * 5, "b": [9.0] * 5}, "a", "b")
+    assert (few.low, few.high, few.decided) == (None, None, False)
+    enough = compare({"a": [1.0] * 6, "b": [9.0] * 6}, "a", "b")
+    assert enough.decided and enough.low == enough.high == pytest.approx(1 / 9)
+
+
+def test_runs_are_drawn_independently_and_columns_of_a_run_together():
+    drifting = tuple(noisy({"a": 1.0, "b": 1.0}, 20, 0, noise=0.0).values())
+    together = interval(lambda medians: medians[0] / medians[1], [drifting])
+    apart = interval(lambda medians: medians[0] / medians[1], [drifting[:1], drifting[1:]])
+    assert together == (1.0, 1.0) and apart[0] < 0.95 and apart[1] > 1.05
+    assert apart == interval(lambda medians: medians[0] / medians[1], [drifting[:1], drifting[1:]])
 
 
 def test_interleave_takes_turns():
@@ -73,6 +91,15 @@ def test_interleave_takes_turns():
     assert "".join(log) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert samples == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [4.0] * 4}
     assert len(ticks) == 3 * (4 + 1)
+
+
+def test_what_a_call_needs_ahead_is_not_timed():
+    clock, log = Clock(), []
+    before = {"backward": clock.work(4.0, log, "f")}
+    functions = {"backward": clock.work(1.0, log, "b"), "step": clock.work(2.0, log, "s")}
+    samples = interleave(functions, rounds=2, warmup=1, seconds_per_sample=4.0, clock=clock, before=before)
+    assert samples == {"backward": [1.0, 1.0], "step": [2.0, 2.0]}
+    assert "".join(log) == "fb" + "s" + "ss" + "fbss" + "ssfb"
 
 
 def test_interleave_repeats_short_calls():
@@ -213,6 +240,26 @@ def test_records_are_appended(tmp_path):
     append(path, {"a": 1})
     append(path, {"b": [2]})
     assert read(path) == [{"a": 1}, {"b": [2]}]
+    with pytest.raises(ValueError, match="JSON"):  # infinity and NaN are not JSON
+        append(path, {"c": math.inf})
+
+
+def test_records_are_read_from_lines_and_lists():
+    assert parse('{"a": 1}\n\n{"b": 2}\n') == parse('[{"a": 1}, {"b": 2}]') == [{"a": 1}, {"b": 2}]
+    for text in ("[1]", "3", "nonsense"):
+        with pytest.raises(ValueError):
+            parse(text)
+
+
+def test_a_cell_is_what_is_measured_not_when():
+    row = {"suite": "units", "unit": "moments", "form": "", "shape": [1, 2], "dtype": "float32"}
+    assert (
+        cell(row) == cell({**row, "quick": True, "weight": None}) == ("units", "moments", "", "1x2", "", "", "float32")
+    )
+    assert cell(row) != cell({**row, "weight": [1, 1]})
+    with pytest.raises(ValueError, match="suite must be one of units, blocks, models, scaling, got None"):
+        cell({})
+    assert timings({"variants": {"a": {"median_ms": 1}, "b": {"saved_bytes": 1}}}) == {"a": {"median_ms": 1}}
 
 
 @pytest.fixture

@@ -1,17 +1,14 @@
-"""The benchmark scripts and the report made of their records: what is measured and what is shown, never a time."""
+"""The report made of the benchmarks' records: what is shown, never a time."""
 
 import importlib.util
-import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from resfuse import backends
 from resfuse.bench.records import append
-from resfuse.bench.roofline import PASSES, POOL_PASSES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -146,83 +143,3 @@ def test_report_refuses_a_text_without_its_markers(text):
     report = load_script("report")
     with pytest.raises(ValueError, match="once each"):
         report.replace_block(text.format(report.START, report.END), "new")
-
-
-@needs_native
-def test_units_refuse_a_wrong_result():
-    units = load_script("bench_units")
-    inputs = units.Inputs((2, 5, 4, 4), torch.float32)
-    case = next(c for c in units.cases(inputs) if (c.unit, c.form) == ("scale_shift_act", "raw"))
-    units.check(case, inputs)
-    (out,) = case.ours()
-    for wrong in (out * 1.0001, torch.zeros_like(out), F.pad(out, (0, 1)), torch.full_like(out, math.nan)):
-        with pytest.raises((SystemExit, RuntimeError), match=r"wrong result|size"):
-            units.check(units.Case(**{**vars(case), "ours": lambda wrong=wrong: (wrong,)}), inputs)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(4, 64, 9, 9), (2, 65, 3, 3)], ids=str)
-def test_every_unit_passes_its_own_check(shape, dtype):
-    units = load_script("bench_units")
-    inputs = units.Inputs(shape, dtype)
-    names = []
-    for case in units.cases(inputs):
-        units.check(case, inputs)
-        names.append((case.unit, case.form))
-    expected = set(PASSES) | (set(POOL_PASSES) if shape[1] == 64 else set())
-    assert set(names) == expected and len(names) == len(expected)
-
-
-@needs_native
-def test_the_fused_network_passes_the_gate_before_it_is_timed():
-    load_script("bench_models").check("resnet18", "float32")
-
-
-def test_the_command_line_chooses_rows(monkeypatch):
-    bench = load_script("bench_models")
-
-    def rows(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bench_models.py", *arguments])
-        return bench.chosen(bench.parse())
-
-    assert rows() == list(bench.TABLE)
-    assert {cell.model for cell in rows("--only", "resnet18", "resnext50_32x4d")} == {"resnet18", "resnext50_32x4d"}
-    assert [cell.batch for cell in rows("--modes", "memory")] == [32]
-    assert rows("--quick", "--modes", "inference") == [bench.Cell("resnet18", "inference", 4, 64)]
-    with pytest.raises(SystemExit):
-        rows("--only", "resnet51")
-
-
-def test_outside_is_what_is_left_of_a_step():
-    samples = {
-        "eager": [1.0, 2.0, 9.0], "fused": [0.5, 0.5, 0.5], "compile": [1.0, 1.0, 1.0], "optimizer": [0.1, 0.1, 0.1],
-        "eager convolutions": [0.6, 1.0, 1.0], "fused convolutions": [0.3, 0.5, 0.2],
-    }  # fmt: skip
-    assert load_script("bench_models").outside(samples) == {"eager": 900.0, "fused": 100.0}
-    assert load_script("bench_models").outside({"eager": [1.0]}) == {}
-
-
-@needs_native
-def test_a_small_network_is_measured():
-    bench = load_script("bench_models")
-    cell = bench.Cell("cifar_resnet20", "training", 4, 16)
-    record = bench.measure(cell, "float32", ("eager", "fused"), 1)
-    assert record["variants"].keys() == record["outside_ms"].keys() == {"eager", "fused"}
-    assert record["parts"].keys() == {"eager convolutions", "fused convolutions", "optimizer"}
-    eager, fused = (record["variants"][name] for name in ("eager", "fused"))
-    assert 0 < fused["saved_bytes"] < eager["saved_bytes"] < eager["peak_rss_bytes"]
-    assert "| cifar_resnet20 | training | float32 | 4 |" in load_script("report").render(
-        [{"quick": False, "environment": WHERE, **record}], []
-    )
-    bench.show(record)
-
-
-def test_the_optimizer_alone_moves_parameters_by_the_gradients_that_are_there():
-    bench = load_script("bench_models")
-    images, labels = bench.batch_of(2, 32)
-    model = bench.build("cifar_resnet20", "eager")
-    step = bench.workload(model, "optimizer", "float32", images, labels)
-    before, statistics = model.fc.weight.detach().clone(), model.bn1.running_mean.clone()
-    step()
-    assert not torch.equal(model.fc.weight, before) and torch.equal(model.bn1.running_mean, statistics)

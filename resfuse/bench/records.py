@@ -1,23 +1,79 @@
-"""Records: measurements as JSON lines, appended by benchmarks and read by the report."""
+"""Records: measurements as JSON lines, appended by benchmarks and read by the report.
+
+A record, or row, is one object on one line. All rows have suite, quick (few rounds, small shapes: no table shows them),
+environment, backend, layout and dtype. What was timed is in times (units) or variants (everything else): by name, the
+quantiles of :func:`resfuse.bench.timing.milliseconds`. A ratio is :class:`resfuse.bench.timing.Ratio` as an object.
+
+* units: unit, form, shape, bytes, flops, times {resfuse, copy, stock, ...}, ratios {"resfuse/stock": ...}, gb_per_s,
+  copy_gb_per_s, share_of_copy, matmul_gflop_per_s; over_stock repeats the ratio to stock.
+* blocks: model, block, name, names, shape, batch, size, mode (forward, backward, step, inference), variants with
+  images_per_s and, where it is known, saved_bytes and peak_bytes, ratios {"fused/eager": ...}.
+* models: model, batch, size, mode (forward, backward, training, inference, memory), variants with images_per_s, error,
+  saved_bytes, peak_rss_bytes, peak_bytes (of a GPU), ratios, missing (peers that were not measured, and why).
+* scaling: as models, and axis (batch, size, depth, threads), value, threads, work (multiply-adds of a forward pass).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+
+# what tells the rows of a suite apart, beside dtype
+_CELL = {
+    "units": ("unit", "form", "shape", "weight", "stride"),
+    "blocks": ("model", "block", "name", "shape", "mode"),
+    "models": ("model", "mode", "batch", "size"),
+    "scaling": ("axis", "value", "model", "mode", "batch", "size", "threads"),
+}
+
+
+def cell(record: Record) -> tuple[str, ...]:
+    """What a record measures, as text: equal for two records of the same cell, taken at any time on any machine.
+
+    Raises:
+        ValueError: the record belongs to no suite that is known here.
+    """
+    suite = record.get("suite")
+    if suite not in _CELL:
+        raise ValueError(f"suite must be one of {', '.join(_CELL)}, got {suite!r}")
+    parts = (record.get(key) for key in (*_CELL[suite], "dtype"))
+    return suite, *("x".join(map(str, part)) if isinstance(part, list) else str(part or "") for part in parts)
+
+
+def timings(record: Record) -> dict[str, Record]:
+    """What a record has timed, by name; what it holds without a time, as memory, is left out."""
+    named = record.get("times") or record.get("variants") or {}
+    return {name: found for name, found in named.items() if "median_ms" in found}
 
 
 def append(path: Path, record: Record) -> None:
     """Add one record to a .jsonl file, making its folder and the file where they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> list[Record]:
     """The records of a .jsonl file in the order they were written; none where there is no file."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return parse(path.read_text(encoding="utf-8"))
+
+
+def parse(text: str) -> list[Record]:
+    """The records of a text: JSON lines, or one JSON list of them.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text.lstrip().startswith("["):
+        found = json.loads(text)
+    else:
+        found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not isinstance(found, Sequence) or not all(isinstance(row, dict) for row in found):
+        raise ValueError("records must be JSON objects, one a line or in one list")
+    return list(found)

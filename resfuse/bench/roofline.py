@@ -1,4 +1,4 @@
-"""Byte counts of the units, and the time they predict on a device of known bandwidth.
+"""Counts of the units' bytes and operations, and the time that bytes predict on a device of known bandwidth.
 
 A count is what the mathematics must move: each activation that a unit reads or writes, once; vectors are left out. A
 prediction is that count over a measured copy's bandwidth: a bound that leaves out launches and caches, no measurement.
@@ -42,6 +42,27 @@ POOL_PASSES = {
     ("scale_shift_relu_maxpool backward_apply", ""): 2,
 }
 
+# Arithmetic operations for each value of x, by the formulas of reference.py: a comparison is one. The pool's, whose
+# windows overlap, are rounded up.
+OPERATIONS = {
+    ("moments", ""): 4,
+    ("add_relu", ""): 2,
+    ("scale_shift_act", "none"): 3,
+    ("scale_shift_act", "identity"): 4,
+    ("scale_shift_act", "raw"): 6,
+    ("backward_reduce", "none"): 7,
+    ("backward_reduce", "identity"): 5,  # the mask is that of the output: nothing is computed again
+    ("backward_reduce", "raw"): 13,
+    ("backward_apply", "none"): 8,
+    ("backward_apply", "identity"): 5,
+    ("backward_apply", "raw"): 16,
+    ("scale_shift_relu_maxpool", ""): 6,
+    ("scale_shift_relu_maxpool backward_reduce", ""): 2,
+    ("scale_shift_relu_maxpool backward_apply", ""): 8,
+}
+# a composition computes what its parts do
+_PARTS = {"bn_act forward": ("moments", "scale_shift_act"), "bn_act backward": ("backward_reduce", "backward_apply")}
+
 
 class Prediction(NamedTuple):
     """One unit of a training step: its bytes over all calls on this shape, and their time at the bandwidth."""
@@ -61,6 +82,13 @@ def bytes_moved(unit: str, form: str, shape: Sequence[int], element_size: int) -
         return PASSES[unit, form] * values * element_size
     pooled = math.prod(shape[:2]) * math.prod((size + 1) // 2 for size in shape[2:])
     return POOL_PASSES[unit, form] * values * element_size + pooled * (element_size + 1)
+
+
+def operations(unit: str, form: str, shape: Sequence[int]) -> int:
+    """Arithmetic operations of one call on an activation of `shape`."""
+    parts = _PARTS.get(unit, (unit,))
+    each = sum(OPERATIONS[part, "" if part == "moments" else form] for part in parts)
+    return each * math.prod(shape)
 
 
 def calls_of(name: str, projected: set[str]) -> list[tuple[str, str]]:
