@@ -10,7 +10,7 @@ SETTINGS := CXX=$(COMPILER) RESFUSE_NATIVE=$(NATIVE) RESFUSE_CUDA=$(RESFUSE_CUDA
 # torch before everything else: the build needs it, and no build isolation may fetch another one
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test venv bench gpu-check lint clean always
+.PHONY: demo test venv bench benchmark gpu-check lint clean always
 
 demo: venv
 	$(BIN)/python -m resfuse demo
@@ -20,9 +20,15 @@ test: venv
 
 bench: venv
 	$(BIN)/python benchmarks/bench_units.py
+	$(BIN)/python benchmarks/bench_blocks.py
 	$(BIN)/python benchmarks/bench_models.py
 	$(BIN)/python benchmarks/bench_serving.py
+	$(BIN)/python benchmarks/bench_models.py --scaling
 	$(BIN)/python benchmarks/report.py
+
+# the units under pytest-benchmark; its history is kept in .benchmarks
+benchmark: venv
+	$(BIN)/python -m pytest benchmarks/test_units_benchmark.py -p no:xdist --benchmark-autosave --benchmark-columns=min,median,iqr,rounds
 
 # on a machine with an NVIDIA GPU, under a Python that has torch: no environment, no network
 gpu-check:

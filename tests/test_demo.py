@@ -150,31 +150,12 @@ def test_a_requested_backend_that_is_missing_exits_with_2(tiny, tmp_path, backen
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("package", ["typer", "rich"])
-def test_without_the_extra_one_line_says_what_to_install(package):
-    code = f"import sys; sys.modules[{package!r}] = None; import resfuse; import resfuse.cli"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and 'pip install "resfuse[demo]"' in done.stderr and package in done.stderr
-
-
 @pytest.mark.parametrize("package", ["mlxtend", "skimage", "matplotlib"])
 def test_without_the_demos_packages_one_line_says_what_to_install(package):
     code = f"import sys; sys.modules[{package!r}] = None; from resfuse.cli import app; app(['demo', '--quick'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and 'pip install "resfuse[demo]"' in done.stderr and package in done.stderr
-
-
-def test_doctor_lists_the_backends():
-    result = CliRunner().invoke(cli.app, ["doctor"])
-    assert result.exit_code == 0
-    assert all(status.backend in result.output for status in backends.available())
-
-
-def test_the_module_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "resfuse", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "demo" in done.stdout and "doctor" in done.stdout
 
 
 def test_the_photographs_are_distinct_and_whole():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +49,56 @@ def saved_memory(forward: Callable[[], Tensor], excluded: Iterable[Tensor] = ())
         end = forward()
     del end  # alive until here: an address that is freed may come again
     return SavedMemory(sum(found.values()), len(found))
+
+
+def peak_allocated_bytes(function: Callable[[], object]) -> int:
+    """Call a function and count the most memory that torch's allocators held during it, above what they held before.
+
+    On a CPU by the profiler's record of every allocation; where CUDA is in use, by the GPU's own count.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profiler([torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        return max((held for _, held in timeline_in(trace_events(path))), default=0)
+
+
+def profiler(activities: list[torch.profiler.ProfilerActivity], **options: Any) -> torch.profiler.profile:
+    """torch's profiler, which otherwise reports its own beginning and end on the error stream."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    return torch.profiler.profile(activities=activities, **options)
+
+
+def trace_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a trace that torch's profiler has written."""
+    return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+
+
+def timeline_in(events: list[dict[str, Any]]) -> list[tuple[float, int]]:
+    """Allocations in a trace with memory: (microseconds since the first, bytes held above those before it).
+
+    A GPU's where there are any, else the CPU's.
+    """
+    found = [event for event in events if event.get("name") == "[memory]"]
+    kinds = {event["args"]["Device Type"] for event in found}
+    wanted = _CUDA if _CUDA in kinds else _CPU
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in found if e["args"]["Device Type"] == wanted)
+    held, line = 0, []
+    for moment, change in changes:
+        held += change
+        line.append((moment - changes[0][0], held))
+    return line
+
+
+_CPU, _CUDA = 0, 1  # c10::DeviceType
 
 
 def model_tensors(model: nn.Module) -> list[Tensor]:

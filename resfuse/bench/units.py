@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resfuse import models, ops
+from resfuse import ops
 from resfuse.bench.conv_cases import ConvInputs, conv_cases, form_of
 from resfuse.bench.gate import PEER_BOUND, Gate
 from resfuse.bench.memory import keep_freed_memory
@@ -24,8 +25,9 @@ from resfuse.bench.records import Record
 from resfuse.bench.roofline import PASSES, POOL_PASSES
 from resfuse.bench.shapes import ConvShape, batch_norm_shapes, conv_shapes
 from resfuse.bench.timing import compare, interleave, milliseconds, summarise
-from resfuse.bench.unit_cases import Case, Inputs, Results, cases
+from resfuse.bench.unit_cases import STEM_CHANNELS, Case, Inputs, Results, cases
 from resfuse.bench.unit_peers import unit_peer
+from resfuse.bench.workload import stock
 
 CONVOLUTIONS = ("conv_stats", "conv_stats backward")
 UNITS = tuple(dict.fromkeys([unit for unit, _ in (*PASSES, *POOL_PASSES)])) + CONVOLUTIONS
@@ -145,7 +147,7 @@ def activation_shapes(plan: Plan) -> list[tuple[int, ...]]:
     """What the network normalises: every distinct shape, or the widest of each map size; or the plan's own one."""
     if plan.shape is not None:
         return [plan.shape]
-    build = models.BUILDERS[plan.model]
+    build = partial(stock, plan.model)
     found = [s.shape for s in batch_norm_shapes(build, (plan.batch, 3, plan.size, plan.size))]
     if plan.everything:
         return found
@@ -157,7 +159,7 @@ def convolution_shapes(plan: Plan) -> list[ConvShape]:
     if plan.shape is not None or plan.device != "cpu":
         return []  # elsewhere conv_stats has no native kernel
     found: dict[Any, ConvShape] = {}
-    for conv in conv_shapes(models.BUILDERS[plan.model], (plan.batch, 3, plan.size, plan.size))[1:]:
+    for conv in conv_shapes(partial(stock, plan.model), (plan.batch, 3, plan.size, plan.size))[1:]:
         key: Any = conv[1:] if plan.everything else (form_of(conv), conv.output[2])
         if key not in found or conv.output[1] * conv.input[1] > found[key].output[1] * found[key].input[1]:
             found[key] = conv
@@ -175,7 +177,7 @@ def _wanted(plan: Plan, unit: str) -> bool:
     return not plan.units or unit in plan.units
 
 
-def _rows(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[Case, Inputs | ConvInputs]]:
+def rows(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[Case, Inputs | ConvInputs]]:
     """What is measured in one dtype, made one after another: one shape's operands live at a time."""
     if any(_wanted(plan, unit) for unit in UNITS if unit not in CONVOLUTIONS):
         for shape in activation_shapes(plan):
@@ -187,12 +189,24 @@ def _rows(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[Case, Inputs | ConvI
             yield from ((case, j) for case in conv_cases(j, conv) if _wanted(plan, case.unit))
 
 
-def run(plan: Plan, where: Record) -> Iterator[Record]:
+def count(plan: Plan) -> int:
+    """How many rows a run of a plan has."""
+    shapes = activation_shapes(plan)
+    passes = [unit for unit, _ in PASSES if _wanted(plan, unit)]
+    pools = [unit for unit, _ in POOL_PASSES if _wanted(plan, unit)]
+    each = len(shapes) * len(passes) + sum(shape[1] == STEM_CHANNELS for shape in shapes) * len(pools)
+    convolving = [unit for unit in CONVOLUTIONS if _wanted(plan, unit)]
+    products = len(convolution_shapes(plan)) * len(convolving) if convolving else 0
+    return sum(each + (products if getattr(torch, name) in ops.tile_dtypes else 0) for name in plan.dtypes)
+
+
+def run(plan: Plan, where: Record, tick: Callable[[float], object] = lambda _: None) -> Iterator[Record]:
     """Measure row after row.
 
     Args:
         plan (Plan): what.
         where (Record): the environment record.
+        tick (Callable[[float], object]): told the share of a row done; a unit's row is one piece.
 
     Yields:
         Record: a row, as soon as it is measured.
@@ -204,11 +218,13 @@ def run(plan: Plan, where: Record) -> Iterator[Record]:
     for name in plan.dtypes:
         dtype = getattr(torch, name)
         rate = matmul_rate(dtype, plan.device)
-        for case, i in _rows(plan, dtype):
+        for case, i in rows(plan, dtype):
             fixed = {"suite": "units", "quick": plan.quick, "environment": where, "memory": memory, "backend": "native",
                      "layout": "channels_last", "dtype": name, "shape": list(i.x.shape),
                      "matmul_gflop_per_s": rate}  # fmt: skip
-            yield {**fixed, **measure(case, i, plan.rounds, plan.peers)}
+            record = {**fixed, **measure(case, i, plan.rounds, plan.peers)}
+            tick(1.0)
+            yield record
 
 
 HEAD = (
