@@ -1,0 +1,90 @@
+"""The charts of units: the roofline, and how much of a copy's bandwidth each reaches."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from resfuse.bench.html.charts import Chart, Trace, bar_layout, colour
+from resfuse.bench.records import Record
+from resfuse.bench.series import grouped, shape_of, unit_name
+
+_PALETTE = tuple(f"unit-{i}" for i in range(1, 9))
+_SYMBOLS = {"float32": "circle", "bfloat16": "diamond", "float16": "square", "float64": "cross"}
+_DASHES = {"float32": "solid", "bfloat16": "dash", "float16": "dot", "float64": "dashdot"}
+
+
+def on_the_roofline(row: Record) -> bool:
+    """Whether the row says how much arithmetic a call is."""
+    return row.get("flops") is not None
+
+
+def roofline(title: str, rows: Sequence[Record]) -> Chart:
+    """Every unit at its arithmetic intensity, under a copy's bandwidth and the arithmetic of a matrix product."""
+    placed = [row for row in rows if on_the_roofline(row)]
+    points = {id(row): (row["flops"] / row["bytes"], row["flops"] / _ms(row) / 1e6) for row in placed}
+    span = min(x for x, _ in points.values()) / 1.6, max(x for x, _ in points.values()) * 1.6
+    traces = [_roof(dtype, group, span) for dtype, group in grouped(placed, lambda row: row["dtype"]).items()]
+    for index, (unit, group) in enumerate(grouped(placed, lambda row: row["unit"]).items()):
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": unit, "x": [points[id(row)][0] for row in group],
+            "y": [points[id(row)][1] for row in group], "hoverinfo": "text",
+            "hovertext": [_hover(row, "<br>{:.3g} operations a byte, {:.4g} GFLOP/s".format(*points[id(row)]))
+                          for row in group],
+            "marker": {"color": colour(_PALETTE[index % len(_PALETTE)]), "size": 9, "opacity": 0.85,
+                       "symbol": [_SYMBOLS.get(row["dtype"], "x") for row in group],
+                       "line": {"width": 1, "color": colour("paper")}},
+        })  # fmt: skip
+    layout = {
+        "height": 560,
+        "xaxis": {"type": "log", "title": {"text": "arithmetic intensity, operations a byte"}, "dtick": 1},
+        "yaxis": {"type": "log", "title": {"text": "GFLOP/s"}, "dtick": 1},
+        "hovermode": "closest",
+    }
+    left = sorted({unit_name(row) for row in rows} - {unit_name(row) for row in placed})
+    note = f" Not on it, since the rows do not count their arithmetic: {'; '.join(left)}." if left else ""
+    return Chart(title, "a point a shape; circles float32, diamonds bfloat16", traces, layout, note)
+
+
+def _ms(row: Record) -> float:
+    return row["times"]["resfuse"]["median_ms"]
+
+
+def _roof(dtype: str, rows: Sequence[Record], span: tuple[float, float]) -> Trace:
+    """What bounds a dtype: the median copy, and the arithmetic of a matrix product where it was measured."""
+    copy = statistics.median(row["copy_gb_per_s"] for row in rows)
+    products = [row["matmul_gflop_per_s"] for row in rows if row.get("matmul_gflop_per_s")]
+    xs, name = list(span), f"{dtype}: copy {copy:.0f} GB/s"
+    if products:
+        top = statistics.median(products)
+        name += f", product {top:,.0f} GFLOP/s"
+        xs = [span[0], top / copy, span[1]] if span[0] < top / copy < span[1] else xs
+    ys = [min(x * copy, top) if products else x * copy for x in xs]
+    return {"type": "scatter", "mode": "lines", "x": xs, "y": ys, "name": name, "hoverinfo": "name",
+            "line": {"color": colour("ink"), "width": 1.6, "dash": _DASHES.get(dtype, "solid")}}  # fmt: skip
+
+
+def _hover(row: Record, rest: str = "") -> str:
+    share = f", {row['share_of_copy']:.0%} of a copy" if row.get("share_of_copy") else ""
+    stock = f"<br>{1 / row['over_stock']['of_medians']:.2f}x stock" if row.get("over_stock") else ""
+    return (
+        f"<b>{unit_name(row)}</b>, {row['dtype']}, {shape_of(row)}<br>{_ms(row):.3g} ms, "
+        f"{row['gb_per_s']:.1f} GB/s{share}{rest}{stock}"
+    )
+
+
+def shares(title: str, rows: Sequence[Record]) -> Chart:
+    """How much of a copy's bandwidth each unit reaches, a point for each shape."""
+    names = sorted({unit_name(row) for row in rows})
+    traces: list[Trace] = []
+    for dtype, group in grouped(rows, lambda row: row["dtype"]).items():
+        token = colour("resfuse" if dtype == "float32" else "compile")
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": dtype, "x": [row["share_of_copy"] for row in group],
+            "y": [unit_name(row) for row in group], "hovertext": [_hover(row) for row in group], "hoverinfo": "text",
+            "marker": {"color": token, "size": 9, "opacity": 0.7, "symbol": _SYMBOLS.get(dtype, "x")},
+        })  # fmt: skip
+    layout = bar_layout(len(names), 1, tickformat=".0%", rangemode="tozero")
+    layout["height"] = 44 + 26 * len(names)
+    layout["yaxis"] |= {"categoryorder": "array", "categoryarray": names, "showgrid": True}
+    return Chart(title, "share of a copy's, a point a shape", traces, layout)
