@@ -52,6 +52,20 @@ def block_row(mode="forward", **changes):
     }  # fmt: skip
 
 
+def serving_row(batch=1, dtype="float32", **changes):
+    times = {"eager": 20.0, "freeze": 14.0, "onnxruntime": 12.0, "openvino": 9.0, "folded": 10.0}
+    variants = {
+        name: {**quantiles(ms * batch, batch), "p50_ms": ms * batch, "p99_ms": 1.6 * ms * batch, "first_call_s": 0.5,
+               "peak_rss_bytes": 600_000_000, "imported_rss_bytes": 400_000_000, "error": 1e-6}
+        for name, ms in times.items()
+    }  # fmt: skip
+    return {
+        **FIXED, "suite": "serving", "threads": 2, "model": "resnet50", "batch": batch, "size": 224, "dtype": dtype,
+        "variants": variants, "missing": {},
+        "ratios": {f"folded/{name}": ratio(10 / ms) for name, ms in times.items() if name != "folded"}, **changes,
+    }  # fmt: skip
+
+
 def scaling_row(axis, value, eager_ms, fused_ms, work, **changes):
     place = {"batch": 16, "size": 224, "threads": 2, "model": "resnet50", "mode": "training", "dtype": "float32"}
     place |= {axis: value} if axis in place else {"model": f"resnet{value}"}
@@ -78,6 +92,7 @@ def every_kind():
                     row["flops"] *= 20 if dtype == "float32" else 40
                 rows.append(row)
     rows += [block_row(mode) for mode in ("forward", "step")]
+    rows += [serving_row(1), serving_row(1, "bfloat16"), serving_row(8)]
     for axis, values in (("batch", (1, 4, 16, 64)), ("size", (64, 128, 256)), ("threads", (1, 2))):
         for value in values:
             work = 10**9 * (value if axis == "batch" else value**2 // 64 if axis == "size" else 16)

@@ -86,7 +86,7 @@ def test_every_chart_is_drawn_and_fits(browser, page, form):
     show(browser, *FORMS[form])
     expected = [chart for section in sections.sections(every_kind()) for chart in section.charts]
     found = drawn(browser)
-    assert len(found) == len(expected) >= 12
+    assert len(found) == len(expected) >= 15
     for chart, holder in zip(expected, found, strict=True):
         assert chart.title in holder["title"]
         assert holder["traces"] == len(chart.traces) <= holder["marks"]

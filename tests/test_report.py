@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_rows import block_row, network_row, scaling_row, serving_row
+from PIL import Image
 
 from resfuse import backends
+from resfuse.bench import figures, tables
 from resfuse.bench.records import append
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,24 +55,33 @@ def memory_record(**changes):
 
 def unit_record(shape, over_stock, **changes):
     return {
-        "quick": False, "environment": WHERE, "unit": "moments", "form": "", "dtype": "float32", "shape": shape,
-        "gb_per_s": 20.0, "share_of_copy": 0.8, "over_stock": over_stock, **changes,
+        "suite": "units", "quick": False, "environment": WHERE, "unit": "moments", "form": "", "dtype": "float32",
+        "shape": shape, "gb_per_s": 20.0, "share_of_copy": 0.8, "over_stock": over_stock, **changes,
     }  # fmt: skip
 
 
 def test_report_renders_the_newest_records():
-    report = load_script("report")
     old, new, quick = model_record(200.0), model_record(50.0), model_record(1.0, quick=True)
     units = [
         unit_record([1, 2, 3, 3], {"of_medians": 0.5, "paired": 0.5}),
         unit_record([1, 2, 5, 5], {"of_medians": 2.0, "paired": 2.0}),
     ]
-    text = report.render([old, new, quick], units)
-    assert "| resnet50 | training | float32 | 16 | 160.0 | 200.0 | 320.0 | 2.00x | 1.60x | 20.0 | 5.0 | 0.25 |" in text
+    text = tables.render([old, new, quick], units)
+    assert "| resnet50 | training | float32 | 16 | 160.0 | 320.0 | 2.00x | 1.60x |\n" in text
+    assert "| resnet50 | training | float32 | 16 | 20.0 | 5.0 | 0.25 |\n" in text
     assert "| resnet50 | training | float32 | 16 | 100 | 100 | 1.00 | 1000 | 1000 | 1.00 |\n" in text
     assert "| moments |  | float32 | 20 | 80% (80% to 80%) | 1.00x (0.50 to 2.00) |" in text
     assert "Some CPU" in text and "commit 012345678" in text and "1x2x3x3, 1x2x5x5" in text
-    assert report.render([], []) == "" and report.render([quick], []) == ""
+    assert tables.render([], []) == "" and tables.render([quick], []) == ""
+
+
+def test_report_shows_losses_intervals_and_what_is_missing():
+    row = model_record(125.0, missing={"openvino": "it is not installed"})
+    row["ratios"]["fused/eager"] |= {"low": 1.0, "high": 1.6}
+    text = tables.summary([row])
+    assert "| 0.80x [0.62, 1.00] | 0.64x | 1.00 |" in text
+    assert "OpenVINO was not measured: it is not installed." in text
+    assert tables.summary([memory_record()]) == tables.summary([model_record(quick=True)]) == ""
 
 
 def test_report_shows_what_was_not_measured_as_empty():
@@ -77,65 +89,109 @@ def test_report_shows_what_was_not_measured_as_empty():
     del record["variants"]["compile"], record["ratios"]["fused/compile"], record["outside_ms"]
     for row in record["variants"].values():
         del row["saved_bytes"], row["peak_rss_bytes"]
-    text = load_script("report").render([record], [])
-    assert "| 16 | 160.0 |  | 320.0 | 2.00x |  |  |  |  |\n" in text
-    assert "| 16 |  |  |  |  |  |  |\n" in text
+    other = model_record(model="resnet18")
+    text = tables.render([record, other], [])
+    assert "| resnet50 | training | float32 | 16 | 160.0 | 320.0 | 2.00x |  |\n" in text
+    assert "| resnet50 | training | float32 | 16 |  |  |  |  |  |  |\n" in text
+    assert text.count("| 20.0 | 5.0 |") == 1
 
 
 def test_report_shows_memory_taken_alone_in_its_own_table():
-    report = load_script("report")
-    speed, memory = (part for part in report.render([model_record(), memory_record()], []).split("\n\n") if "|" in part)
+    speed, memory = tables.render([model_record(), memory_record()], []).split("### Memory")
     assert "| resnet50 | memory | float32 | 32 | 100 | 50 | 0.50 | 1000 | 600 | 0.60 |" in memory
     assert "memory" not in speed and "images/s" not in memory
-    assert "images/s" not in report.render([memory_record()], [])
+    assert "images/s" not in tables.render([memory_record()], [])
+
+
+def test_report_shows_blocks_serving_and_growth():
+    growth = [scaling_row("batch", n, 4.0 * n, 2.0 * n, n * 10**9) for n in (1, 2)]
+    text = tables.render([], [], [block_row()], growth, [serving_row()])
+    assert ("| Bottleneck layer1.1 | resnet50 | forward | float32 | 16x256x56x56 | 20.00 | 12.00 | 1.67x [1.59, 1.75] "
+            "| 90.0 | 40.0 | 0.44 | 200.0 | 130.0 | 0.65 |") in text  # fmt: skip
+    assert "| resnet50 | float32 | 1 | OpenVINO | 111.1 | 9.00 | 14.40 | 0.50 | 200 | 0.90x [0.86, 0.95] |" in text
+    assert "| resnet50 | float32 | 1 | resfuse.fold | 100.0 | 10.00 | 16.00 | 0.50 | 200 |  |" in text
+    assert "| batch | resnet50 training, float32 | resfuse | 1: 2, 2: 2 | 1 to 2 |" in text
 
 
 def test_a_run_of_part_of_the_table_keeps_the_other_rows():
-    report = load_script("report")
     later = {**WHERE, "date": "2026-02-02T03:04:05+00:00"}
     small = model_record(100.0, model="resnet18")
-    text = report.render([model_record(100.0), small, model_record(50.0, environment=later)], [])
-    assert "| resnet18 | training | float32 | 16 | 160.0 | 200.0 | 160.0 |" in text
-    assert "| resnet50 | training | float32 | 16 | 160.0 | 200.0 | 320.0 |" in text and text.count("| resnet50 |") == 2
+    text = tables.summary([model_record(100.0), small, model_record(50.0, environment=later)])
+    assert "| resnet18 | training | float32 | 16 | 160.0 | 160.0 |" in text
+    assert "| resnet50 | training | float32 | 16 | 160.0 | 320.0 |" in text and text.count("| resnet50 |") == 1
     first = [unit_record([1, 2, 3, 3], None, unit=unit) for unit in ("moments", "add_relu")]
     again = unit_record([1, 2, 5, 5], None, share_of_copy=0.9, environment=later)
-    text = report.render([], [*first, again])
+    text = tables.render([], [*first, again])
     assert "| moments |  | float32 | 20 | 90% (90% to 90%) |" in text, "shapes of two runs are not mixed"
     assert "| add_relu |  | float32 | 20 | 80% (80% to 80%) |" in text
 
 
 def test_report_says_where_outputs_went():
-    report = load_script("report")
     fresh, kept = (unit_record([1, 2, 3, 3], None, unit=unit) for unit in ("moments", "add_relu"))
     kept["memory"] = "kept"
-    only_fresh, both = report.render([], [fresh]), report.render([], [fresh, kept])
+    only_fresh, both = tables.render([], [fresh]), tables.render([], [fresh, kept])
     assert "Outputs go to fresh memory" in only_fresh and "the allocator keeps" not in only_fresh
-    tables = [part for part in both.split("\n\n") if part.startswith("| unit")]
-    assert ["add_relu" in table for table in tables] == [True, False]
+    parts = [part for part in both.split("\n\n") if part.startswith("| unit")]
+    assert ["add_relu" in part for part in parts] == [True, False]
     assert both.index("the allocator keeps") < both.index("moments") < both.index("Outputs go to fresh memory")
 
 
-def test_report_check_says_whether_the_tables_are_stale(tmp_path, capsys):
+@pytest.fixture
+def checkout(tmp_path):
+    """A root with pages that have markers and nothing between them, and results of one network."""
     report = load_script("report")
-    readme, page, results = tmp_path / "README.md", tmp_path / "cuda.md", tmp_path / "results"
-    arguments = ["--readme", str(readme), "--cuda-page", str(page), "--results", str(results)]
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    page.write_text(f"{report.START}\n{report.END}\n")
-    append(results / "models.jsonl", model_record())
-    assert report.main([*arguments, "--check"]) == 1 and "stale" not in readme.read_text()
-    assert "run python benchmarks/report.py" in capsys.readouterr().out
-    assert "old" in readme.read_text()
-    assert report.main(arguments) == 0
-    written = readme.read_text()
-    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
-    assert report.main([*arguments, "--check"]) == 0
-    append(results / "models.jsonl", model_record(40.0))
-    assert report.main([*arguments, "--check"]) == 1
-    assert report.main(arguments) == 0
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/benchmarks.md", "docs/cuda.md"):
+        (tmp_path / name).write_text(f"before\n{report.START}\nwas here before\n{report.END}\nafter\n")
+    append(tmp_path / "benchmarks/results/models.jsonl", network_row({"eager": 100.0, "fused": 50.0}))
+    return tmp_path
+
+
+def test_report_check_says_what_is_stale(checkout, capsys):
+    def run(*more):
+        found = report.main(["--root", str(checkout), *more])
+        return found, capsys.readouterr().out
+
+    report, results = load_script("report"), checkout / "benchmarks" / "results"
+    found, said = run("--check")
+    assert found == 1 and "README.md: not that of" in said and "docs/figures/networks.png" in said
+    assert "was here" in (checkout / "README.md").read_text() and not (checkout / "docs/figures").exists()
+    assert run() == (0, "") and run("--check") == (0, "")
+    written = (checkout / "README.md").read_text()
+    assert written.startswith("before\n") and written.endswith("\nafter\n") and "was here" not in written
+    append(results / "models.jsonl", network_row({"eager": 100.0, "fused": 40.0}))
+    assert run("--check")[0] == 1 and run()[0] == 0
     predicted = {"unit": "moments", "form": "", "shape": [1], "calls": 1, "bytes": 1, "microseconds": 1.0}
     where = {"gpu": "Some GPU", "copy_gb_per_s": 1.0, "model": "resnet50", "batch": 2, "dtype": "bfloat16"}
     append(results / "predicted.jsonl", {**where, **predicted})
-    assert report.main([*arguments, "--check"]) == 1
+    found, said = run("--check")
+    assert found == 1 and said.count("\n") == 1 and "cuda.md" in said
+
+
+def test_report_draws_what_the_rows_hold_and_removes_the_rest(checkout):
+    report, folder = load_script("report"), checkout / "docs" / "figures"
+    rows = report.drawn(checkout / "benchmarks" / "results")
+    figures.write([*rows, serving_row()], folder)
+    kinds = ("networks", "memory", "serving")
+    assert {path.stem for path in folder.iterdir()} == {kind + theme for kind in kinds for theme in ("", "-dark")}
+    for path in folder.iterdir():
+        with Image.open(path) as picture:
+            assert picture.size[0] > 700 and len(picture.convert("RGB").getcolors()) > 20
+    assert {path.name for path in figures.stale(rows, folder)} == {"serving.png", "serving-dark.png"}
+    before = (folder / "networks.png").stat().st_mtime_ns
+    assert {path.stem.removesuffix("-dark") for path in figures.write(rows, folder)} == {"networks", "memory"}
+    assert not (folder / "serving.png").exists() and (folder / "networks.png").stat().st_mtime_ns == before
+    assert figures.stale(rows, folder) == []
+    (panel,) = figures.networks(rows)
+    (bars,) = panel.rows.values()
+    assert [(bar.peer, bar.value, bar.text) for bar in bars] == [("eager", 1.0, "160/s"), ("fused", 2.0, "320/s")]
+
+
+def test_report_writes_all_results_as_a_page(checkout, tmp_path):
+    pytest.importorskip("plotly")
+    page = tmp_path / "page.html"
+    assert load_script("report").main(["--root", str(checkout), "--html", str(page)]) == 0
+    assert "resnet50" in page.read_text() and "was here" in (checkout / "README.md").read_text()
 
 
 @pytest.mark.parametrize("text", ["", "{0}", "{1}{0}", "{0}{1}{0}"], ids=["none", "one", "swapped", "twice"])

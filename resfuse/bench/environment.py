@@ -17,8 +17,8 @@ import resfuse
 from resfuse import backends
 
 _PACKAGE = Path(resfuse.__file__).resolve().parent
-# results are appended while measuring and the README is generated from them: neither changes what is measured
-_CODE = (".", ":(exclude)benchmarks/results", ":(exclude)README.md")
+# results are appended while measuring, and pages and figures generated from them: none changes what is measured
+_CODE = (".", ":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)README.md")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

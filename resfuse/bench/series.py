@@ -12,7 +12,7 @@ from resfuse.bench.records import Record
 
 PEERS = {
     "fused": "resfuse",
-    "fold": "resfuse.fold",
+    "folded": "resfuse.fold",
     "fused-compile": "resfuse, compiled",
     "eager-contiguous": "eager, contiguous",
     "compile": "torch.compile",
@@ -23,7 +23,7 @@ PEERS = {
 }
 """What the peers of a row are called where they are shown; others go by their own name."""
 
-OURS = ("fused", "fused-compile", "fold")
+OURS = ("fused", "fused-compile", "folded")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("training", "step", "forward", "backward", "inference", "memory")
 
@@ -107,8 +107,8 @@ def _measured(row: Record) -> Measured:
     where = row["environment"]
     subject = " ".join(row[key] for key in ("model", "name") if row.get(key))
     cell = Cell(
-        row["suite"], subject, row["mode"], row["dtype"], row.get("batch"), row.get("size"), where["device_name"],
-        where["threads"],
+        row["suite"], subject, row.get("mode", "inference"), row["dtype"], row.get("batch"), row.get("size"),
+        where["device_name"], where["threads"],
     )  # fmt: skip
     variants = row["variants"] if "variants" in row else {row["variant"]: row}
     ratios = [

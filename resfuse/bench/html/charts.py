@@ -10,7 +10,7 @@ from resfuse.bench.series import OURS, Curve, Measured, Ratio, peer_name, peers_
 Trace = dict[str, Any]
 
 _COLOURS = {
-    "fused": "resfuse", "resfuse": "resfuse", "fold": "resfuse", "fused-compile": "resfuse-2", "eager": "eager",
+    "fused": "resfuse", "folded": "resfuse", "fused-compile": "resfuse-2", "eager": "eager",
     "stock": "eager", "eager-contiguous": "eager-2", "compile": "compile", "compile-max-autotune": "compile-2",
     "freeze": "compile-2", "onnxruntime": "onnxruntime", "openvino": "openvino",
 }  # fmt: skip
@@ -186,6 +186,29 @@ def memory(title: str, found: Sequence[Measured], key: str, baseline: str = "eag
             traces.append(_bars(peer, rows))
     layout = bar_layout(len(found), len(traces), rangemode="tozero")
     return Chart(title, f"memory; {peer_name(baseline)} is 1, less is better", traces, layout)
+
+
+def latency(title: str, found: Sequence[Measured]) -> Chart:
+    """Single calls in ms: a point at the median and a line to the 99 % quantile, for each peer."""
+    traces: list[Trace] = []
+    labels = [label_of(measured) for measured in found]
+    for index, peer in enumerate(peers := peers_of(found)):
+        rows = [(i, m.row["variants"][peer]) for i, m in enumerate(found) if peer in m.measures]
+        at = [i + 0.7 * ((index + 0.5) / len(peers) - 0.5) for i, _ in rows]
+        p50, p99 = ([row[key] for _, row in rows] for key in ("p50_ms", "p99_ms"))
+        token = peer_colour(peer)
+        first = [f"<br>loading and the first call: {row['first_call_s']:.3g} s" for _, row in rows]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": peer_name(peer), "x": p50, "y": at, "hoverinfo": "text",
+            "hovertext": [f"<b>{peer_name(peer)}</b><br>{labels[i]}<br>p50 {low:.4g} ms, p99 {high:.4g} ms{more}"
+                          for (i, _), low, high, more in zip(rows, p50, p99, first, strict=True)],
+            "marker": {"color": token, "size": 8},
+            "error_x": {"type": "data", "symmetric": False, "array": [h - m for h, m in zip(p99, p50, strict=True)],
+                        "arrayminus": [0] * len(rows), "thickness": 2, "width": 4, "color": token},
+        })  # fmt: skip
+    layout = bar_layout(len(found), len(traces), rangemode="tozero", ticksuffix=" ms")
+    layout["yaxis"] |= {"tickvals": list(range(len(found))), "ticktext": labels, "zeroline": False}
+    return Chart(title, "point: p50, end of the line: p99; less is better", traces, {**layout, "shapes": []})
 
 
 def scaling(title: str, axis: str, curves: Sequence[Curve]) -> Chart:

@@ -15,25 +15,31 @@ from resfuse.bench.series import Measured
 _TITLES = {"training": "Training step", "step": "Forward and backward", "forward": "Forward", "backward": "Backward",
            "inference": "Inference"}  # fmt: skip
 _SPEED = (
-    "Medians of samples taken in turn, relative to eager of the same cell; the number in a bar is images/s. Whiskers "
-    "go from the 20 % to the 80 % quantile of the peer's own samples. Left of the dotted line is slower than eager."
+    "Medians of samples taken in turn, relative to eager of the same cell; the number in a bar is images/s. "
+    "Whiskers go from the 20 % to the 80 % quantile of the peer's own samples. Left of the dotted line is slower "
+    "than eager."
+)
+_SERVING = (
+    "Each engine loads a network from files in a process of its own, with the same number of threads, and the "
+    "processes are sampled in turn. Bars are relative to eager, as above."
 )
 _RATIOS = (
     "The ratio of the medians with its 95 % bootstrap interval. Where the interval holds 1, no difference is shown, "
     "whatever the point says."
 )
 _ROOFLINE = (
-    "Each point is a unit on one shape: what it computes a byte that it must move, and how fast. Slanted roofs are the "
-    "bandwidth of a copy measured in the same rounds, flat ones the arithmetic of a matrix product. "
-    "A point above its roof ran in a cache."
+    "Each point is a unit on one shape: what it computes a byte that it must move, and how fast. Slanted roofs are "
+    "the bandwidth of a copy measured in the same rounds, flat ones the arithmetic of a matrix product. A point "
+    "above its roof ran in a cache."
 )
 _SHARES = (
-    "Bytes that the mathematics must move over the median time, as a share of what a copy of the same tensor reached "
-    "in the same rounds. Above 100 % a unit moved its bytes faster than the copy did."
+    "Bytes that the mathematics must move over the median time, as a share of what a copy of the same tensor "
+    "reached in the same rounds. Above 100 % a unit moved its bytes faster than the copy did."
 )
 _SCALING = (
-    "Time over the multiply-adds of the convolutions; along threads, the time of all threads together. A flat line is "
-    "linear growth. Bands go from the 20 % to the 80 % quantile; linear is what stays within a quarter of the cheapest."
+    "Time over the multiply-adds of the convolutions; along threads, the time of all threads together. A flat line "
+    "is linear growth. Bands go from the 20 % to the 80 % quantile; linear is what stays within a quarter of the "
+    "cheapest."
 )
 _SAVED = "What autograd keeps for backward, parameters left out."
 _PEAK = "The most that a process of its own held, import included; on a GPU and for blocks, the most allocated at once."
@@ -68,10 +74,11 @@ def sections(rows: Sequence[Record]) -> list[Section]:
     ]
     share = [unit_charts.shares("Bandwidth", g) for g in _by_device([row for row in units if row.get("share_of_copy")])]
     growth = [charts.scaling(f"Along {axis}", axis, found) for axis, found in series.curves(rows).items()]
+    served = [*_speeds(serving), *_latencies(serving)]
     judged = _intervals([*networks, *blocks, *serving])
     return [
         Section("networks", "Networks", _SPEED, _speeds(networks), _none("network was timed", "model resnet50")),
-        Section("serving", "Serving", _SPEED, _speeds(serving), _none("folded network was timed against its peers")),
+        Section("serving", "Serving", _SERVING, served, _none("folded network was timed")),
         Section("ratios", "Ratios", _RATIOS, judged, _none("ratio has an interval")),
         Section("blocks", "Blocks", _SPEED, _speeds(blocks), _none("block was timed", "block resnet50")),
         Section("roofline", "Roofline", _ROOFLINE, roofline, _none("arithmetic of a unit was counted", "unit")),
@@ -100,6 +107,12 @@ def _speeds(found: Sequence[Measured]) -> list[Chart]:
     ]
 
 
+def _latencies(found: Sequence[Measured]) -> list[Chart]:
+    """Single calls, a chart for each batch: milliseconds of a large one would hide those of one image."""
+    groups = series.grouped(found, lambda m: (m.cell.device, m.cell.batch))
+    return [charts.latency(f"Latency, batch {batch}", group) for (_, batch), group in groups.items()]
+
+
 def _intervals(found: Sequence[Measured]) -> list[Chart]:
     judged = [m for m in found if any(ratio.verdict for ratio in m.ratios)]
     groups = series.grouped(judged, lambda m: (m.cell.suite, m.cell.device))
@@ -123,8 +136,8 @@ def cards(rows: Sequence[Record]) -> list[Card]:
     """For each mode and peer, our speed-up over the cells: geometric mean, range, and the verdicts of the intervals."""
     found = []
     cells = [m for m in series.cells(rows, "models", "gpu-models", "serving") if m.cell.mode in _TITLES]
-    for mode, group in series.grouped(cells, lambda m: m.cell.mode).items():
-        all_ratios = [ratio for m in group for ratio in m.ratios if ratio.ours in ("fused", "fold")]
+    for title, group in series.grouped(cells, _what).items():
+        all_ratios = [ratio for m in group for ratio in m.ratios if ratio.ours in ("fused", "folded")]
         for peer, ratios in series.grouped(all_ratios, lambda ratio: ratio.peer).items():
             gains = [1 / ratio.middle for ratio in ratios]
             mean = statistics.geometric_mean(gains)
@@ -133,8 +146,12 @@ def cards(rows: Sequence[Record]) -> list[Card]:
             extent = f"{min(gains):.2f}x to {max(gains):.2f}x over {len(gains)} cells" if len(gains) > 1 else "1 cell"
             tone = "" if bool(said["faster"]) == bool(said["slower"]) else "good" if said["faster"] else "bad"
             note = f"{extent}; {verdicts}" if verdicts else extent
-            found.append(Card(f"{_TITLES[mode]}, to {series.peer_name(peer)}", f"{mean:.2f}x", note, tone))
+            found.append(Card(f"{title}, to {series.peer_name(peer)}", f"{mean:.2f}x", note, tone))
     return found
+
+
+def _what(found: Measured) -> str:
+    return "Serving" if found.cell.suite == "serving" else _TITLES[found.cell.mode]
 
 
 class Table(NamedTuple):
