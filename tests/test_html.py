@@ -86,7 +86,7 @@ def test_every_chart_is_drawn_and_fits(browser, page, form):
     show(browser, *FORMS[form])
     expected = [chart for section in sections.sections(every_kind()) for chart in section.charts]
     found = drawn(browser)
-    assert len(found) == len(expected) >= 15
+    assert len(found) == len(expected) >= 16
     for chart, holder in zip(expected, found, strict=True):
         assert chart.title in holder["title"]
         assert holder["traces"] == len(chart.traces) <= holder["marks"]
@@ -207,6 +207,22 @@ def test_every_unit_is_on_the_roofline_under_its_roofs():
         assert named[row["unit"]]["y"] == pytest.approx([row["flops"] / 1e6])  # in one millisecond
     roof = named["float32: copy 60 GB/s, product 120 GFLOP/s"]
     assert all(y == pytest.approx(min(60 * x, 120)) for x, y in zip(roof["x"], roof["y"], strict=True))
+
+
+def test_a_units_roof_is_what_takes_longer():
+    passes = unit_row(ms=1.0) | {"bytes": 30_000_000, "flops": 1_000_000}
+    assert series.share_of_roof(passes) == pytest.approx(0.5)  # 60 GB/s would take half a millisecond
+    assert series.share_of_roof(passes | {"flops": 90_000_000}) == pytest.approx(0.75)  # at 120 GFLOP/s
+    assert series.share_of_roof(passes | {"flops": None, "share_of_copy": 0.3}) == 0.3
+
+
+def test_units_are_told_apart_by_what_their_intervals_say():
+    rows = [unit_row(), unit_row("a", over_stock=ratio(2.0)), unit_row("b", over_stock={"of_medians": 0.5}),
+            unit_row("c", over_stock=None)]  # fmt: skip
+    traces = unit_charts.gains("Speed-up", rows).traces
+    assert {(trace["name"], *trace["y"], *trace["x"]) for trace in traces} == {
+        ("faster", "moments", 2.0), ("slower", "a", 0.5), ("without an interval", "b", 2.0),
+    }  # fmt: skip
 
 
 def test_bars_are_speeds_relative_to_eager_with_the_peers_own_spread():

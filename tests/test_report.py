@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_rows import block_row, network_row, scaling_row, serving_row
+from bench_rows import block_row, network_row, scaling_row, serving_row, unit_row
 from PIL import Image
 
 from resfuse import backends
@@ -111,6 +111,13 @@ def test_report_shows_blocks_serving_and_growth():
     assert "| resnet50 | float32 | 1 | OpenVINO | 111.1 | 9.00 | 14.40 | 0.50 | 200 | 0.90x [0.86, 0.95] |" in text
     assert "| resnet50 | float32 | 1 | resfuse.fold | 100.0 | 10.00 | 16.00 | 0.50 | 200 |  |" in text
     assert "| batch | resnet50 training, float32 | resfuse | 1: 2, 2: 2 | 1 to 2 |" in text
+
+
+def test_convolutions_are_shown_by_their_arithmetic():
+    row = unit_row("conv_stats", "3x3", ms=2.0) | {"weight": [64, 64, 3, 3], "flops": 180_000_000, "bytes": 1000}
+    text = tables.render([], [row, unit_row()])
+    assert "| conv_stats | 3x3 | float32 | 90 (90 to 90) | 75% (75% to 75%) | 2.00x (2.00 to 2.00) |" in text
+    assert text.count("| moments |") == text.count("| conv_stats |") == 1
 
 
 def test_a_run_of_part_of_the_table_keeps_the_other_rows():

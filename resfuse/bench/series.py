@@ -111,11 +111,14 @@ def _measured(row: Record) -> Measured:
         where["device_name"], where["threads"],
     )  # fmt: skip
     variants = row["variants"] if "variants" in row else {row["variant"]: row}
-    ratios = [
-        Ratio(ours, peer, found["of_medians"], found.get("low"), found.get("high"))
-        for (ours, peer), found in ((name.split("/"), found) for name, found in row.get("ratios", {}).items())
-    ]
+    named = ((name.partition("/"), found) for name, found in row.get("ratios", {}).items())
+    ratios = [ratio_of(ours, peer, found) for (ours, _, peer), found in named]
     return Measured(cell, {name: _measure(found) for name, found in variants.items()}, ratios, row)
+
+
+def ratio_of(ours: str, peer: str, found: Record) -> Ratio:
+    """A row's ratio; old rows have no interval."""
+    return Ratio(ours, peer, found["of_medians"], found.get("low"), found.get("high"))
 
 
 def _measure(found: Record) -> Measure:
@@ -179,6 +182,17 @@ def unit_name(row: Record) -> str:
 def shape_of(row: Record) -> str:
     """A row's shape as 16x64x112x112."""
     return "x".join(map(str, row["shape"]))
+
+
+def share_of_roof(row: Record) -> float:
+    """How much of what bounds a unit it reaches: a copy's bandwidth, or a matrix product's arithmetic if that is less.
+
+    Old rows know the copy alone.
+    """
+    if row.get("flops") is None or not row.get("matmul_gflop_per_s"):
+        return row["share_of_copy"]
+    least_ms = max(row["bytes"] / row["copy_gb_per_s"], row["flops"] / row["matmul_gflop_per_s"]) / 1e6
+    return least_ms / row["times"]["resfuse"]["median_ms"]
 
 
 class Curve(NamedTuple):

@@ -38,6 +38,11 @@ _UNITS_NOTE = (
     "`dst.copy_(src)` reached in the same rounds: median over the shapes, and the range. `to stock` is the "
     "geometric mean of the speed-ups over stock torch operators, and the range; below 1x is slower."
 )
+_CONVOLUTIONS_NOTE = (
+    "Convolutions with statistics, in the shapes of the network. The roof is the slower of a matrix product at the "
+    "measured rate, for the arithmetic, and of a copy, for the bytes: median over the shapes, and the range, as for "
+    "`to stock`, the speed-up over the same by stock torch operators."
+)
 _OUTPUTS = {
     "kept": "Outputs, stock's too, go to mapped memory that the allocator keeps, as the copy does: no page faults.",
     "fresh": "Outputs go to fresh memory and pay page faults, up to as much as the pass itself; the copy's target is "
@@ -94,9 +99,13 @@ def render(
         parts.append(_section("Memory", _memory(networks)))
     if distinct := newest(measured(blocks), "model", "name", "shape", "mode", "dtype"):
         parts.append(_section("Blocks", _blocks(distinct)))
+    latest = series.units(measured(units))
+    passes = [row for row in latest if "weight" not in row]
     for memory, note in _OUTPUTS.items():
-        if alike := [row for row in series.units(measured(units)) if row.get("memory", "fresh") == memory]:
+        if alike := [row for row in passes if row.get("memory", "fresh") == memory]:
             parts.append(_section(f"Units, outputs in {memory} memory", _units(alike, f"{_UNITS_NOTE} {note}")))
+    if products := [row for row in latest if "weight" in row]:
+        parts.append(_section("Convolutions", _convolutions(products)))
     if served := newest(measured(serving), "model", "dtype", "batch", "size"):
         parts.append(_section("Serving", _serving(served)))
     if points := measured(scaling):
@@ -269,6 +278,19 @@ def _serving(records: list[Record]) -> str:
                          f"{found['first_call_s']:.2f}", f"{held / 1e6:.0f}",
                          _speedup(record["ratios"].get(f"folded/{name}"))])  # fmt: skip
     return f"{_table(head, rows, left=4)}\n\n{_caption(records, _SERVING_NOTE + _missing(records))}"
+
+
+def _convolutions(records: list[Record]) -> str:
+    rows = []
+    for (unit, form, dtype), cells in sorted(grouped(records, lambda r: (r["unit"], r["form"], r["dtype"])).items()):
+        rates = [cell["flops"] / cell["times"]["resfuse"]["median_ms"] / 1e6 for cell in cells]
+        shares = [series.share_of_roof(cell) for cell in cells]
+        gains = [1 / cell["over_stock"]["of_medians"] for cell in cells if cell["over_stock"]]
+        rows.append([unit, form, dtype, _spread(statistics.median(rates), rates, ".0f"),
+                     _spread(statistics.median(shares), shares, ".0%"),
+                     _spread(statistics.geometric_mean(gains), gains, ".2f", "x") if gains else ""])  # fmt: skip
+    head = ["unit", "form", "dtype", "GFLOP/s", "of its roof", "to stock"]
+    return f"{_table(head, rows, left=3)}\n\n{_caption(records, _CONVOLUTIONS_NOTE)}"
 
 
 def _spread(middle: float, values: list[float], form: str, unit: str = "") -> str:

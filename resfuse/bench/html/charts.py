@@ -14,7 +14,7 @@ _COLOURS = {
     "stock": "eager", "eager-contiguous": "eager-2", "compile": "compile", "compile-max-autotune": "compile-2",
     "freeze": "compile-2", "onnxruntime": "onnxruntime", "openvino": "openvino",
 }  # fmt: skip
-_VERDICTS = {"faster": "good", "slower": "bad", "no difference shown": "muted"}
+VERDICTS = {"faster": "good", "slower": "bad", "no difference shown": "muted"}
 
 
 class Chart(NamedTuple):
@@ -140,7 +140,7 @@ def _not_measured(found: Sequence[Measured]) -> str:
 
 def ratios(title: str, found: Sequence[Measured]) -> Chart:
     """Our speed-up over each peer with the interval of the ratio, coloured by what the interval allows to say."""
-    points: dict[str, list[tuple[str, Ratio]]] = {name: [] for name in _VERDICTS}
+    points: dict[str, list[tuple[str, Ratio]]] = {name: [] for name in VERDICTS}
     labels = []
     for measured in found:
         for ratio in measured.ratios:
@@ -155,7 +155,7 @@ def ratios(title: str, found: Sequence[Measured]) -> Chart:
     for verdict, rows in points.items():
         if rows:
             middle, low, high = ([1 / getattr(r, end) for _, r in rows] for end in ("middle", "high", "low"))
-            token = colour(_VERDICTS[verdict])
+            token = colour(VERDICTS[verdict])
             spread = {"type": "data", "symmetric": False, "array": [h - m for h, m in zip(high, middle, strict=True)],
                       "arrayminus": [m - b for m, b in zip(middle, low, strict=True)], "thickness": 3, "width": 0,
                       "color": token}  # fmt: skip

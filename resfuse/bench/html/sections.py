@@ -32,9 +32,10 @@ _ROOFLINE = (
     "the bandwidth of a copy measured in the same rounds, flat ones the arithmetic of a matrix product. A point "
     "above its roof ran in a cache."
 )
-_SHARES = (
-    "Bytes that the mathematics must move over the median time, as a share of what a copy of the same tensor "
-    "reached in the same rounds. Above 100 % a unit moved its bytes faster than the copy did."
+_UNITS = (
+    "What bounds a unit is a copy of the same tensor, measured in the same rounds, for the bytes that the mathematics "
+    "must move; or a matrix product, for its arithmetic, where that takes longer. Above 100 % a unit was faster than "
+    "that. Circles are float32, diamonds bfloat16."
 )
 _SCALING = (
     "Time over the multiply-adds of the convolutions; along threads, the time of all threads together. A flat line "
@@ -72,7 +73,11 @@ def sections(rows: Sequence[Record]) -> list[Section]:
     roofline = [
         unit_charts.roofline("Roofline", g) for g in _by_device(units) if any(map(unit_charts.on_the_roofline, g))
     ]
-    share = [unit_charts.shares("Bandwidth", g) for g in _by_device([row for row in units if row.get("share_of_copy")])]
+    strips = []
+    for group in _by_device(units):
+        strips.append(unit_charts.shares("Share of the roof", group))
+        if any(row.get("over_stock") for row in group):
+            strips.append(unit_charts.gains("Speed-up over stock", group))
     growth = [charts.scaling(f"Along {axis}", axis, found) for axis, found in series.curves(rows).items()]
     served = [*_speeds(serving), *_latencies(serving)]
     judged = _intervals([*networks, *blocks, *serving])
@@ -82,9 +87,9 @@ def sections(rows: Sequence[Record]) -> list[Section]:
         Section("ratios", "Ratios", _RATIOS, judged, _none("ratio has an interval")),
         Section("blocks", "Blocks", _SPEED, _speeds(blocks), _none("block was timed", "block resnet50")),
         Section("roofline", "Roofline", _ROOFLINE, roofline, _none("arithmetic of a unit was counted", "unit")),
-        Section("units", "Units", _SHARES, share, _none("unit was timed beside a copy", "unit")),
+        Section("units", "Units", _UNITS, strips, _none("unit was timed", "unit")),
         Section("memory", "Memory", "", _memories([*networks, *blocks, *serving]), _none("memory was taken")),
-        Section("scaling", "Scaling", _SCALING, growth, _none("growth was measured", "model resnet50 --scaling")),
+        Section("scaling", "Scaling", _SCALING, growth, _none("growth was measured", "model resnet50 --scale all")),
     ]  # fmt: skip
 
 

@@ -1,15 +1,16 @@
-"""The charts of units: the roofline, and how much of a copy's bandwidth each reaches."""
+"""The charts of units: the roofline, how much of it each reaches, and the speed-up over stock."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
-from resfuse.bench.html.charts import Chart, Trace, bar_layout, colour
+from resfuse.bench.html.charts import VERDICTS, Chart, Trace, bar_layout, colour
 from resfuse.bench.records import Record
-from resfuse.bench.series import grouped, shape_of, unit_name
+from resfuse.bench.series import grouped, ratio_of, shape_of, share_of_roof, unit_name
 
-_PALETTE = tuple(f"unit-{i}" for i in range(1, 9))
+_PALETTE = tuple(f"unit-{i}" for i in range(1, 13))
 _SYMBOLS = {"float32": "circle", "bfloat16": "diamond", "float16": "square", "float64": "cross"}
 _DASHES = {"float32": "solid", "bfloat16": "dash", "float16": "dot", "float64": "dashdot"}
 
@@ -65,26 +66,54 @@ def _roof(dtype: str, rows: Sequence[Record], span: tuple[float, float]) -> Trac
 
 
 def _hover(row: Record, rest: str = "") -> str:
-    share = f", {row['share_of_copy']:.0%} of a copy" if row.get("share_of_copy") else ""
-    stock = f"<br>{1 / row['over_stock']['of_medians']:.2f}x stock" if row.get("over_stock") else ""
+    stock = row.get("over_stock")
+    said = f"<br>{1 / stock['of_medians']:.2f}x stock" if stock else ""
+    if stock and stock.get("low") is not None:
+        said += f" [{1 / stock['high']:.2f}, {1 / stock['low']:.2f}]"
     return (
-        f"<b>{unit_name(row)}</b>, {row['dtype']}, {shape_of(row)}<br>{_ms(row):.3g} ms, "
-        f"{row['gb_per_s']:.1f} GB/s{share}{rest}{stock}"
+        f"<b>{unit_name(row)}</b>, {row['dtype']}, {shape_of(row)}<br>{_ms(row):.3g} ms, {row['gb_per_s']:.1f} GB/s, "
+        f"{row['share_of_copy']:.0%} of a copy{rest}{said}"
     )
 
 
 def shares(title: str, rows: Sequence[Record]) -> Chart:
-    """How much of a copy's bandwidth each unit reaches, a point for each shape."""
+    """How much of what bounds it each unit reaches, a point for each shape."""
+    traces = [
+        _strip(dtype, colour("resfuse" if dtype == "float32" else "compile"), group, [share_of_roof(r) for r in group])
+        for dtype, group in grouped(rows, lambda row: row["dtype"]).items()
+    ]
+    layout = _strip_layout(rows, rangemode="tozero", tickformat=".0%")
+    return Chart(title, "100% is the roof; a point a shape", traces, layout)
+
+
+def gains(title: str, rows: Sequence[Record]) -> Chart:
+    """Speed-up over the same mathematics by stock operators, a point for each shape, by what its interval says."""
+
+    def verdict(row: Record) -> str:
+        return ratio_of("resfuse", "stock", row["over_stock"]).verdict or "without an interval"
+
+    compared = [row for row in rows if row.get("over_stock")]
+    traces = [
+        _strip(name, colour(VERDICTS.get(name, "muted")), group, [1 / r["over_stock"]["of_medians"] for r in group])
+        for name, group in sorted(grouped(compared, verdict).items())
+    ]
+    layout = _strip_layout(compared, type="log", dtick="D2")
+    return Chart(title, "speed-up; right of 1 is faster; a point a shape", traces, layout)
+
+
+def _strip(name: str, token: str, rows: Sequence[Record], values: list[float]) -> Trace:
+    return {
+        "type": "scatter", "mode": "markers", "name": name, "x": values, "y": [unit_name(row) for row in rows],
+        "hovertext": [_hover(row) for row in rows], "hoverinfo": "text",
+        "marker": {"color": token, "size": 9, "opacity": 0.7,
+                   "symbol": [_SYMBOLS.get(row["dtype"], "x") for row in rows]},
+    }  # fmt: skip
+
+
+def _strip_layout(rows: Sequence[Record], **axis: Any) -> dict[str, Any]:
+    """A line for each unit, by name."""
     names = sorted({unit_name(row) for row in rows})
-    traces: list[Trace] = []
-    for dtype, group in grouped(rows, lambda row: row["dtype"]).items():
-        token = colour("resfuse" if dtype == "float32" else "compile")
-        traces.append({
-            "type": "scatter", "mode": "markers", "name": dtype, "x": [row["share_of_copy"] for row in group],
-            "y": [unit_name(row) for row in group], "hovertext": [_hover(row) for row in group], "hoverinfo": "text",
-            "marker": {"color": token, "size": 9, "opacity": 0.7, "symbol": _SYMBOLS.get(dtype, "x")},
-        })  # fmt: skip
-    layout = bar_layout(len(names), 1, tickformat=".0%", rangemode="tozero")
+    layout = bar_layout(len(names), 1, **axis)
     layout["height"] = 44 + 26 * len(names)
     layout["yaxis"] |= {"categoryorder": "array", "categoryarray": names, "showgrid": True}
-    return Chart(title, "share of a copy's, a point a shape", traces, layout)
+    return layout
