@@ -24,7 +24,7 @@ def pages(results: Path) -> dict[str, str]:
     """Each page's path below the root, and the text between its markers."""
     rows = {name: read(results / f"{name}.jsonl") for name in _FILES}
     return {
-        "README.md": summary(rows["models"]),
+        "README.md": figures.markup(drawn(results), "docs/figures") + summary(rows["models"]),
         "docs/benchmarks.md": render(rows["models"], rows["units"], rows["blocks"], rows["scaling"], rows["serving"]),
         "docs/cuda.md": render_predictions(rows["predicted"]),
     }

@@ -165,7 +165,13 @@ def test_report_check_says_what_is_stale(checkout, capsys):
     assert "was here" in (checkout / "README.md").read_text() and not (checkout / "docs/figures").exists()
     assert run() == (0, "") and run("--check") == (0, "")
     written = (checkout / "README.md").read_text()
-    assert written.startswith("before\n") and written.endswith("\nafter\n") and "was here" not in written
+    assert all(f"docs/figures/{name}.png" in written for name in ("networks", "networks-dark", "memory"))
+    assert (
+        "serving" not in written
+        and written.startswith("before\n")
+        and written.endswith("\nafter\n")
+        and "was here" not in written
+    )
     append(results / "models.jsonl", network_row({"eager": 100.0, "fused": 40.0}))
     assert run("--check")[0] == 1 and run()[0] == 0
     predicted = {"unit": "moments", "form": "", "shape": [1], "calls": 1, "bytes": 1, "microseconds": 1.0}

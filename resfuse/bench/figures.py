@@ -137,6 +137,20 @@ FIGURES: dict[str, tuple[Callable[[Sequence[Record]], list[Panel]], str]] = {
 """Each figure's data and the line that says what its bars are."""
 
 
+def markup(rows: Sequence[Record], folder: str) -> str:
+    """HTML for Markdown pages that shows each figure of the rows, light or dark as its reader has it."""
+    return "".join(
+        f'''<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}{DARK.suffix}.png">
+  <img alt="{name.capitalize()}: {scale.partition(";")[0]}" src="{folder}/{name}{LIGHT.suffix}.png">
+</picture>
+
+'''
+        for name, (collect, scale) in FIGURES.items()
+        if collect(rows)
+    )
+
+
 def write(rows: Sequence[Record], folder: Path) -> list[Path]:
     """Draw every figure that the rows allow, and remove those that they no longer allow.
 
