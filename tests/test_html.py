@@ -36,6 +36,7 @@ def browser(tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = selenium.Chrome(options=options, service=Service(programs["chromedriver"]))
+    driver.set_script_timeout(180)  # of a machine that does much else
     yield driver
     driver.quit()
 
