@@ -171,8 +171,11 @@ def test_gradients_to_the_input_are_the_models(model, images):
 def test_transforms_and_autocast_leave_its_dtype(model, images):
     folded = resfuse.fold(model)
     plain = folded(images)
+    compiled = torch.compile(folded, fullgraph=True, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(folded(images), plain)
+        for run, x in ((folded, images.clone().requires_grad_()), (compiled, images)):  # plain torch operators
+            torch.testing.assert_close(run(x).detach(), plain, atol=1e-5, rtol=1e-5)
     each = torch.func.vmap(lambda x: folded(x[None])[0])(images)
     torch.testing.assert_close(each, plain, atol=1e-4, rtol=1e-4)
     with pytest.raises(TypeError, match=r"floating point tensor, got torch.int64"):

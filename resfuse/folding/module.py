@@ -88,13 +88,13 @@ class Folded(nn.Module):
         if isinstance(x, torch.fx.Proxy):
             return reference.run(self.plan, *self._parts(), x.to(self._dtype))
         self._check(x)
-        if torch.compiler.is_compiling() or _is_watched(x) or x.numel() == 0:
-            return reference.run(self.plan, *self._parts(), x.to(self._dtype))
-        autocast = torch.autocast(x.device.type, enabled=False) if autocasts(x.device.type) else nullcontext()
-        with torch.no_grad(), autocast:
-            x = self._laid_out(x)
-            run = self._run or self._prepared(x)
-            return run(x)
+        with torch.autocast(x.device.type, enabled=False) if autocasts(x.device.type) else nullcontext():
+            if torch.compiler.is_compiling() or _is_watched(x) or x.numel() == 0:
+                return reference.run(self.plan, *self._parts(), x.to(self._dtype))
+            with torch.no_grad():
+                x = self._laid_out(x)
+                run = self._run or self._prepared(x)
+                return run(x)
 
     def _check(self, x: Tensor) -> None:
         """Raise an error that says what x must be; a network whose first step is no convolution takes any shape."""
