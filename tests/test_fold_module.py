@@ -13,7 +13,7 @@ from torch import nn
 
 import resfuse
 from resfuse.folding import engines, pages
-from resfuse.folding.plan import Plan, plan_from_data
+from resfuse.folding.plan import Convolution, Plan, plan_from_data
 from resfuse.models.cifar import CifarResNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,6 +243,20 @@ def test_threads_that_call_one_network_get_their_own_results(model, images, back
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+def test_a_convolution_that_adds_its_own_input_does_not_write_over_it(backend):
+    steps = (
+        Convolution(0, 1, weight="first", padding=(1, 1)),
+        Convolution(1, 2, weight="second", padding=(1, 1), residual=1, activation="relu"),
+    )
+    weights = {name: torch.randn(8, 8, 3, 3) / 8 for name in ("first", "second")}
+    x = torch.randn(2, 8, 12, 12).contiguous(memory_format=torch.channels_last)
+    run = engines.ENGINES[backend].prepare(Plan(steps, 2), weights, {}, x)
+    y = nn.functional.conv2d(x, weights["first"], padding=1)
+    wanted = torch.relu(nn.functional.conv2d(y, weights["second"], padding=1) + y)
+    torch.testing.assert_close(run(x), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_result_is_the_callers_own(model, images):

@@ -28,9 +28,6 @@ _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
 # steps that write a tensor of their own, which nothing else refers to
 _FRESH = (plans.Convolution, plans.ScaleShiftAct, plans.PadShortcut, plans.Concatenate)
 
-_convolution = torch.ops.mkldnn._convolution_pointwise.default
-_convolution_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
-
 
 def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this engine does not serve a plan; None where it does."""
@@ -60,7 +57,8 @@ def prepare(
 
     def make(step: Step, inputs: list[Tensor], dying: tuple[int, ...]) -> calls.Run:
         if isinstance(step, plans.Convolution):
-            free = step.residual in dying and isinstance(producers[step.residual], _FRESH)
+            own = step.residual in dying and isinstance(producers[step.residual], _FRESH)
+            free = own and step.residual != step.input
             return _convolution_runner(step, tensors, inputs[0], free)
         if isinstance(step, plans.ScaleShiftAct) and step.activation in ("identity", "relu"):
             return _pass_runner(step, tensors)
@@ -76,13 +74,15 @@ def _convolution_runner(step: plans.Convolution, tensors: Mapping[str, Tensor], 
     bias = None if step.bias is None else tensors[step.bias]
     attribute, scalars, algorithm = _EPILOGUES[step.activation]
     if step.residual is None:
-        return lambda x: _convolution(x, weight, bias, *geometry, attribute, scalars, algorithm)
+        convolution = torch.ops.mkldnn._convolution_pointwise.default
+        return lambda x: convolution(x, weight, bias, *geometry, attribute, scalars, algorithm)
     bias = None if bias is None else bias.to(weight.dtype)  # a sum takes no other
+    convolution_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
     behind = "relu" if attribute == "relu" else None  # nor another activation behind it
 
     def add(x: Tensor, residual: Tensor) -> Tensor:
         out = residual if free else residual.clone(memory_format=torch.channels_last)
-        out = _convolution_add_(out, x, weight, bias, *geometry, "add", 1.0, behind, [], "")
+        out = convolution_add_(out, x, weight, bias, *geometry, "add", 1.0, behind, [], "")
         return out if behind == "relu" else reference.ACTIVATIONS[step.activation](out)
 
     return add
