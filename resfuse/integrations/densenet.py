@@ -56,30 +56,33 @@ class DenseBlockMixin(nn.HandsOn):
     def run(self, x: Tensor, moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
         if self.why_stock(x) is not None:
             return self._stock_forward(x), None
-        features, known = [x], [moments]
+        features = [x]
+        known: list[Moments | Tensor] = [
+            x if moments is None else moments
+        ]  # of features in order, or what has none yet
         for layer in self._modules.values():
             given = None
             reads = isinstance(layer, DenseLayerMixin) and layer.training and layer.why_stock(x) is None
             if reads and x.numel() > 0:
-                known = self._moments(features, known)
-                given = _concatenated(known)
+                given = _concatenated([self._moments(part) for part in known])
+                known = [given]
             out, found = nn.run(layer, features, given)
             features.append(out)
-            known.append(found)
-        return torch.cat(features, 1), _concatenated(known) if wanted else None
+            known.append(out if found is None else found)
+        handed_on = [part for part in known if isinstance(part, Moments)]
+        complete = wanted and len(handed_on) == len(known)
+        return torch.cat(features, 1), _concatenated(handed_on) if complete else None
 
-    def _moments(self, features: list[Tensor], known: list[Moments | None]) -> list[Moments | None]:
-        """The moments of all features; those that nobody handed on are taken."""
-        pairs = zip(features, known, strict=True)
-        return [functional.moments(f, backend=self._resfuse_backend) if m is None else m for f, m in pairs]
+    def _moments(self, part: Moments | Tensor) -> Moments:
+        """Moments that were handed on; else they are taken."""
+        return part if isinstance(part, Moments) else functional.moments(part, backend=self._resfuse_backend)
 
 
-def _concatenated(parts: list[Moments | None]) -> Moments | None:
-    """The moments of a concatenation, if those of all its parts are known."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
-        return None
-    means, variances = zip(*known, strict=True)
+def _concatenated(parts: list[Moments]) -> Moments:
+    """The moments of a concatenation."""
+    if len(parts) == 1:
+        return parts[0]
+    means, variances = zip(*parts, strict=True)
     return Moments(torch.cat(means), torch.cat(variances))
 
 
