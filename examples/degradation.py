@@ -6,7 +6,8 @@
 Plain and residual networks of two depths and the deep one with every order of its units learn digits and textures, with
 fused blocks. Drawn are training and test error, the gradient of every layer, and the loss around what was learned.
 
-Ctrl-C or SIGTERM saves and stops; the same command continues to the same bits, and what is finished is not done again.
+Ctrl-C or SIGTERM saves and stops; the same command continues, and what is finished is not done again. On a CPU, with as
+many threads as before, it continues to the same bits.
 """
 
 from __future__ import annotations

@@ -171,6 +171,7 @@ def publish(
     results: list[Result], depths: tuple[int, int], folder: Path, page: Path, command: str, device: str
 ) -> None:
     """Stage 4: copy the figures beside the page, and write them, the table and the command between its markers."""
+    where = describe(environment(device.partition(":")[0]))  # before anything is written into a clean checkout
     text = page.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise TrainingError(f"{page} must hold {START} and after it {END}, once each")
@@ -185,7 +186,7 @@ def publish(
     lines = [f"| {' | '.join(row)} |" for row in (head, ("---", "---", *["---:"] * 4), *rows)]
     parts = [
         f"    {command}\n",
-        f"On {describe(environment(device.partition(':')[0]))}.\n",
+        f"On {where}.\n",
         *(f"* {sentence}" for sentence in verdicts(results, depths)),
         "",
         *lines,
