@@ -2,8 +2,10 @@
 
 import copy
 import math
+import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import degradation
 import degradation_pages
@@ -82,6 +84,20 @@ def test_figures_and_a_page_are_written(finished):
         assert f"(figures/degradation-{name}.png)" in text
     for sentence in degradation_pages.verdicts(results, TINY.depths):
         assert f"* {sentence}\n" in text
+
+
+def test_the_documentation_holds_a_run():
+    page = Path(__file__).parents[1] / "docs" / "degradation.md"
+    _, run, _ = re.split(f"{degradation_pages.START}|{degradation_pages.END}", page.read_text())
+    assert re.match(r"\n    python examples/degradation.py .*--seed \d+\n", run)
+    for name, caption in degradation_pages.FIGURES.items():
+        path = f"figures/degradation-{name}.png"
+        assert f"({path})" in run and caption in run
+        assert 0 < (page.parent / path).stat().st_size < 100_000
+    shallow, deep = degradation.QUICK.depths
+    for dataset in degradation.DATASETS:  # and it shows the effect
+        assert f"* {dataset}: plain-{deep} is worse than plain-{shallow}" in run
+        assert f"* {dataset}: residual-{deep} is no worse than residual-{shallow}" in run
 
 
 def test_a_page_without_markers_stays(finished, tmp_path):
