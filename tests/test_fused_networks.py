@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from families import NETWORKS, SIZES, stock, torchvision_vgg
 from networks import torchvision_models
 from numerics import assert_all_as_exact, judged, step
 from test_fusion import identities, nodes, types, without_ties
@@ -15,8 +16,7 @@ import resfuse
 from resfuse import models, ops
 from resfuse.models import CifarResNet
 from resfuse.models.densenet import DenseLayer
-from resfuse.models.units import ORDERS, ORIGINAL, Order, ResidualUnit
-from resfuse.models.vgg import VGGFeatures
+from resfuse.models.units import ORDERS, Order, ResidualUnit
 
 pytestmark = [
     pytest.mark.skipif(ops.missing_native["cpu"] is not None, reason=str(ops.missing_native["cpu"])),
@@ -28,58 +28,7 @@ LAYOUTS = pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids
 MOMENTS = "MomentsFunctionBackward"  # a pass that takes moments and does nothing else
 
 
-def cifar(unit, shortcut, bottleneck):
-    widths = (4, 4, 6) if bottleneck else (16, 16, 20)
-    return CifarResNet(11 if bottleneck else 8, unit=unit, shortcut=shortcut, bottleneck=bottleneck, widths=widths)
-
-
-def torchvision_vgg():
-    """Narrow: all but its classifier, whose size is fixed."""
-    vgg = torchvision_models().vgg
-    with torch.device("meta"):
-        model = vgg.VGG(vgg.make_layers([4, "M", 6, 6, "M", 8, 8, 8, "M", 8, "M", 8, "M"], batch_norm=True))
-    model.classifier = nn.Flatten()
-    model.features.to_empty(device="cpu").apply(lambda m: getattr(m, "reset_parameters", lambda: None)())
-    return model
-
-
-def torchvision_densenet(**options):
-    return torchvision_models().DenseNet(4, (2, 2, 1, 2), 8, 2, num_classes=10, **options)
-
-
-NETWORKS = {
-    **{
-        f"{unit}-{shortcut}-{'bottleneck' if bottleneck else 'basic'}": partial(cifar, unit, shortcut, bottleneck)
-        for unit in (ORIGINAL, *ORDERS)
-        for shortcut, bottleneck in (("A", False), ("B", True), ("C", False))
-    },
-    "plain": partial(CifarResNet, 8, shortcut=None),
-    "vgg": lambda: nn.Sequential(VGGFeatures((1, 2, 3, 1, 1), (4, 6, 8, 8, 8)), nn.Flatten()),
-    "densenet": partial(models.DenseNet, 4, (2, 2, 1, 2), 8, 2, num_classes=10),
-    "torchvision-vgg": torchvision_vgg,
-    "torchvision-densenet": torchvision_densenet,
-}
-SIZES = {
-    "vgg": 32,
-    "densenet": 64,
-    "torchvision-vgg": 32,
-    "torchvision-densenet": 64,
-}  # where the last maps have more pixels than one
 PREACT = partial(CifarResNet, 14, unit="full_preact", shortcut="B", widths=(16, 16, 20))
-
-
-@torch.no_grad()
-def stock(build, training=True, layout=LAST):
-    """A network whose norms are not at their initial values, with running statistics that fit."""
-    torch.manual_seed(0)
-    model = build()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.uniform_(0.5, 1.5).mul_(torch.where(torch.rand(module.num_features) < 0.3, -1, 1))
-            module.bias.uniform_(-0.5, 0.5)
-            module.momentum = 0.9
-    model(torch.randn(4, 3, 64, 64))
-    return model.train(training).to(memory_format=layout)
 
 
 def fused(build, **options):
@@ -104,6 +53,20 @@ def test_a_step_is_as_exact_as_stock(name, layout, training):
         for result in results:  # a bias that only batch statistics read: its gradient is noise around zero
             del result[cancelled]
     assert_all_as_exact(*(judged(result, results[2]) for result in results))
+
+
+@TRAIN_EVAL
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_reference_backend_computes_what_stock_does(name, training):
+    """In float64, to its precision: every family is the same composition there as natively."""
+    model = stock(NETWORKS[name], training).double()
+    ours = resfuse.fuse(copy.deepcopy(model), backend="reference", strict=True)
+    x = torch.randn(4, 3, *[SIZES.get(name, 16)] * 2, dtype=torch.float64)
+    results = [step(m, x, target=torch.arange(4)) for m in (ours, model)]
+    for key, expected in results[1].items():
+        torch.testing.assert_close(
+            results[0][key], expected, rtol=1e-6, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
