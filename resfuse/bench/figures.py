@@ -259,13 +259,17 @@ def _bars(axis: Axes, panel: Panel, theme: Theme, height: float) -> None:
 def _frame(
     figure: Figure, panels: Sequence[Panel], scale: str, places: Iterable[str], theme: Theme, inches: float
 ) -> None:
+    """Peers above the panels, what the bars are and where they were measured below."""
     peers = dict.fromkeys(bar.peer for panel in panels for bars in panel.rows.values() for bar in bars)
     handles = [plt.Rectangle((0, 0), 1, 1, color=theme.peers.get(peer, theme.other)) for peer in peers]
+    columns = min(len(peers), 3 * len(panels))
+    lines = -(-len(peers) // columns)
     figure.legend(
-        handles, [peer_name(peer) for peer in peers], loc="upper left", bbox_to_anchor=(0.012, 1), ncols=len(peers),
+        handles, [peer_name(peer) for peer in peers], loc="upper left", bbox_to_anchor=(0.012, 1), ncols=columns,
         frameon=False, handlelength=0.8, handleheight=0.8, columnspacing=1.4,
     )  # fmt: skip
-    figure.text(0.988, 1 - 0.13 / inches, scale, ha="right", va="top", color=theme.soft, fontsize=8)
-    figure.text(0.02, 0.1 / inches, "\n".join(places), color=theme.soft, fontsize=6.5, va="bottom")
+    below = [scale, *places]
+    figure.text(0.02, 0.08 / inches, "\n".join(below), color=theme.soft, fontsize=7, va="bottom", linespacing=1.35)
     left = 1.3 / (5.4 * len(panels))
-    figure.subplots_adjust(left, 0.62 / inches, 0.985, 1 - 0.62 / inches, wspace=0.34)
+    bottom, top = 0.36 + 0.14 * len(below), 0.44 + 0.18 * lines
+    figure.subplots_adjust(left, bottom / inches, 0.985, 1 - top / inches, wspace=0.34)

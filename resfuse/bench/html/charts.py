@@ -61,7 +61,7 @@ def bar_layout(rows: int, groups: int, **axis: Any) -> dict[str, Any]:
         "bargap": 0.22,
         "bargroupgap": 0.08,
         "yaxis": {"autorange": "reversed", "automargin": True, "ticks": "", "fixedrange": True, "showgrid": False},
-        "xaxis": {"fixedrange": True, **axis},
+        "xaxis": {"fixedrange": True, "nticks": 6, "tickangle": 0, **axis},
         "shapes": [one()],
     }
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from resfuse.bench.html.charts import VERDICTS, Chart, Trace, bar_layout, colour
+from resfuse.bench.html.charts import VERDICTS, Chart, Trace, bar_layout, colour, two_lines
 from resfuse.bench.records import Record
 from resfuse.bench.series import grouped, ratio_of, shape_of, share_of_roof, unit_name
 
@@ -103,17 +103,24 @@ def gains(title: str, rows: Sequence[Record]) -> Chart:
 
 def _strip(name: str, token: str, rows: Sequence[Record], values: list[float]) -> Trace:
     return {
-        "type": "scatter", "mode": "markers", "name": name, "x": values, "y": [unit_name(row) for row in rows],
+        "type": "scatter", "mode": "markers", "name": name, "x": values, "y": [_label(row) for row in rows],
         "hovertext": [_hover(row) for row in rows], "hoverinfo": "text",
         "marker": {"color": token, "size": 9, "opacity": 0.7,
                    "symbol": [_SYMBOLS.get(row["dtype"], "x") for row in rows]},
     }  # fmt: skip
 
 
+def _label(row: Record) -> str:
+    """A unit in two lines at most: narrow enough for a phone."""
+    unit, _, rest = row["unit"].partition(" ")
+    second = ", ".join(part for part in (rest, row["form"]) if part and part != "none")
+    return two_lines(unit, second) if second else unit
+
+
 def _strip_layout(rows: Sequence[Record], **axis: Any) -> dict[str, Any]:
     """A line for each unit, by name."""
-    names = sorted({unit_name(row) for row in rows})
+    names = sorted({_label(row) for row in rows})
     layout = bar_layout(len(names), 1, **axis)
-    layout["height"] = 44 + 26 * len(names)
+    layout["height"] = 44 + 34 * len(names)
     layout["yaxis"] |= {"categoryorder": "array", "categoryarray": names, "showgrid": True}
     return layout
