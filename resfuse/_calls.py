@@ -81,14 +81,16 @@ def bn_act(
     """bn_act on checked arguments. `owned`: nobody else reads x or a raw residual, see :func:`autograd_norm.bn_act`."""
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
-    if serving_backend("bn_act", x, backend) == "reference":
+    chosen = serving_backend("bn_act", x, backend)
+    if chosen == "reference":
         out = reference.bn_act(x, bn, residual, residual_bn, activation, moments)
         return (out, _moments_of(out)) if return_moments else out
     x = as_dense(x)
     if residual is not None:
         residual = beside(residual, x)
-    relu, taken = activation == "relu", return_moments and x.numel() > 0
-    found = autograd_norm.bn_act(x, bn, residual, residual_bn, relu, owned=owned, moments=moments, return_moments=taken)
+    taken = return_moments and x.numel() > 0
+    options: Any = {"owned": owned, "moments": moments, "return_moments": taken}
+    found = autograd_norm.bn_act(x, bn, residual, residual_bn, activation == "relu", chosen, **options)
     bump_versions(bn, residual_bn)
     if taken:
         return found[0], Moments(*found[1:])
@@ -102,13 +104,14 @@ def _moments_of(out: Tensor) -> Moments:
 
 def add_moments(x: Tensor, residual: Tensor | None, backend: str | None) -> tuple[Tensor, Moments]:
     """x + residual and its moments, in one pass, on checked arguments."""
-    if serving_backend("bn_act", x, backend) == "reference":
+    chosen = serving_backend("bn_act", x, backend)
+    if chosen == "reference":
         out = reference.add_moments(x, residual)[0]
         return out, _moments_of(out)
     if x.numel() == 0:
         return x if residual is None else x + residual, _moments_of(x)
     x = as_dense(x)
     if residual is None:
-        return x, Moments(*MomentsFunction.apply(x))
-    out, *found = autograd_norm.AddMomentsFunction.apply(x, beside(residual, x))
+        return x, Moments(*MomentsFunction.apply(x, chosen))
+    out, *found = autograd_norm.AddMomentsFunction.apply(x, beside(residual, x), chosen)
     return out, Moments(*found)

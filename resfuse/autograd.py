@@ -4,6 +4,7 @@ Each backward runs the analytic formula through the operators. When it is itself
 differentiates :mod:`resfuse.reference` instead, so higher derivatives are right, not silently zero.
 
 Inputs have been checked, cast and laid out by :mod:`resfuse.functional`. Running statistics are never saved.
+`backend` names the operators' overload, "native" or "triton": see :func:`resfuse.ops.of`.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def _through_moments(
     grad_var: Tensor | None,
     out: Tensor | None,
     out_mean: Tensor | None,
+    *,
+    backend: str,
 ) -> Tensor:
     """The whole gradient of an output whose moments were handed on: that of its readers and that of its moments.
 
@@ -80,10 +83,10 @@ def _through_moments(
         assert through is not None
         return through if grad_out is None else grad_out + through
     if grad_out is None:
-        return ops.moments_backward(grad_mean, grad_var, out, out_mean)
+        return ops.of(backend).moments_backward(grad_mean, grad_var, out, out_mean)
     one, zero = torch.ones_like(out_mean), torch.zeros_like(out_mean)
     grad_out = _laid_out_as(grad_out, out)
-    return ops.scale_shift_act_backward_apply(
+    return ops.of(backend).scale_shift_act_backward_apply(
         grad_out, out, one, zero, out_mean, grad_mean, grad_var, *[None] * 6, False
     )[0]  # fmt: skip
 
@@ -102,34 +105,38 @@ class AddReLUFunction(torch.autograd.Function):
     """out = relu(x + residual). Both gradients are grad_out where out > 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor) -> Tensor:
-        out = ops.add_relu(x, residual)
+    def forward(ctx: Any, x: Tensor, residual: Tensor, backend: str) -> Tensor:
+        out = ops.of(backend).add_relu(x, residual)
         ctx.save_for_backward(out)
+        ctx.backend = backend
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         (out,) = ctx.saved_tensors
         if _recorded():
-            return (_masked(grad_out, out),) * 2
-        return (ops.add_relu_backward(_laid_out_as(grad_out, out), out),) * 2
+            grad = _masked(grad_out, out)
+        else:
+            grad = ops.of(ctx.backend).add_relu_backward(_laid_out_as(grad_out, out), out)
+        return grad, grad, None
 
 
 class MomentsFunction(torch.autograd.Function):
     """(mean, var) of x. grad_x = (grad_mean + 2 * grad_var * (x - mean)) / M."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var = ops.moments(x)
+    def forward(ctx: Any, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        mean, var = ops.of(backend).moments(x)
         ctx.save_for_backward(x, mean)
+        ctx.backend = backend
         return mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Tensor | None:
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, None]:
         x, mean = ctx.saved_tensors
         if _recorded():
-            return _differentiate(reference.moments, [x], (grad_mean, grad_var))[0]
-        return ops.moments_backward(grad_mean.contiguous(), grad_var.contiguous(), x, mean)
+            return _differentiate(reference.moments, [x], (grad_mean, grad_var))[0], None
+        return ops.of(ctx.backend).moments_backward(grad_mean.contiguous(), grad_var.contiguous(), x, mean), None
 
 
 class FinalizeFunction(torch.autograd.Function):
@@ -153,11 +160,12 @@ class FinalizeFunction(torch.autograd.Function):
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
         momentum: float | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         running = (running_mean, running_var, num_batches_tracked)
-        scale, shift = ops.finalize(mean, var, count, weight, bias, *running, momentum, eps)
+        scale, shift = ops.of(backend).finalize(mean, var, count, weight, bias, *running, momentum, eps)
         ctx.save_for_backward(mean, var, weight, bias)
-        ctx.eps = eps
+        ctx.eps, ctx.backend = eps, backend
         return scale, shift
 
     @staticmethod
@@ -169,12 +177,12 @@ class FinalizeFunction(torch.autograd.Function):
                 [mean, var, weight, bias],
                 (grad_scale, grad_shift),
             )
-            return (*grads, *[None] * 6)
+            return (*grads, *[None] * 7)
         centered = grad_scale - mean * grad_shift
-        grad_mean, grad_var, grad_weight = ops.finalize_backward(
+        grad_mean, grad_var, grad_weight = ops.of(ctx.backend).finalize_backward(
             centered, grad_shift.contiguous(), var, weight, ctx.eps
         )
-        return (grad_mean, grad_var, _cast(grad_weight, weight), _cast(grad_shift, bias), *[None] * 6)
+        return (grad_mean, grad_var, _cast(grad_weight, weight), _cast(grad_shift, bias), *[None] * 7)
 
 
 class ScaleShiftActFunction(torch.autograd.Function):
@@ -194,12 +202,13 @@ class ScaleShiftActFunction(torch.autograd.Function):
         residual_scale: Tensor | None,
         residual_shift: Tensor | None,
         relu: bool,
+        backend: str,
     ) -> Tensor:
-        out = ops.scale_shift_act(x, scale, shift, residual, residual_scale, residual_shift, relu)
+        out = ops.of(backend).scale_shift_act(x, scale, shift, residual, residual_scale, residual_shift, relu)
         raw = residual if residual_scale is not None else None
         kept_mask = out if relu and residual is not None and raw is None else None
         ctx.save_for_backward(x, scale, shift, raw, residual_scale, residual_shift, kept_mask)
-        ctx.relu, ctx.has_residual = relu, residual is not None
+        ctx.relu, ctx.has_residual, ctx.backend = relu, residual is not None, backend
         return out
 
     @staticmethod
@@ -208,20 +217,20 @@ class ScaleShiftActFunction(torch.autograd.Function):
         if _recorded():
             return _scale_shift_act_double_backward(ctx, grad_out)
         grad_out = _laid_out_as(grad_out, x)
-        zero = torch.zeros_like(scale)
+        kernels, zero = ops.of(ctx.backend), torch.zeros_like(scale)
         raw_zero = None if raw is None else zero
-        sums, dz = ops.scale_shift_act_backward_reduce(
+        sums, dz = kernels.scale_shift_act_backward_reduce(
             grad_out, x, scale, shift, zero, raw, raw_scale, raw_shift, raw_zero, out, ctx.relu
         )
         masked = out is not None  # dz already is the masked gradient
-        grad_x, grad_raw = ops.scale_shift_act_backward_apply(
+        grad_x, grad_raw = kernels.scale_shift_act_backward_apply(
             dz if masked else grad_out, x, scale, shift, zero, None, None,
             raw, raw_scale, raw_shift, raw_zero, None, None, ctx.relu and not masked,
         )  # fmt: skip
         if raw is not None:
-            return grad_x, sums[1], sums[0], grad_raw, sums[2], sums[0], None
+            return grad_x, sums[1], sums[0], grad_raw, sums[2], sums[0], None, None
         grad_residual = (dz if masked else grad_out) if ctx.has_residual else None
-        return grad_x, sums[1], sums[0], grad_residual, None, None, None
+        return grad_x, sums[1], sums[0], grad_residual, None, None, None, None
 
 
 def _scale_shift_act_double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,4 +244,4 @@ def _scale_shift_act_double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor
     grads = _differentiate(forward, [x, scale, shift, raw, raw_scale, raw_shift], dz)
     if raw is None and ctx.has_residual:
         grads[3] = dz
-    return (*grads, None)
+    return (*grads, None, None)

@@ -30,12 +30,12 @@ from resfuse.raw import (
 
 
 def _convolve(
-    x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, pairs: Pairs, relu: bool
+    x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, pairs: Pairs, relu: bool, backend: str
 ) -> tuple[Tensor, Statistics]:
-    y, mean, var = ops.conv_stats(x.x, x.affine, x.mean, weight, relu, *pairs, bn.training)
+    y, mean, var = ops.of(backend).conv_stats(x.x, x.affine, x.mean, weight, relu, *pairs, bn.training)
     if bn.training:
-        return y, Statistics.of_batch(mean, var, count(y), bn, conv_bias)
-    return y, Statistics.of_running(bn, conv_bias)
+        return y, Statistics.of_batch(mean, var, count(y), bn, conv_bias, backend)
+    return y, Statistics.of_running(bn, conv_bias, backend)
 
 
 class ConvNormFunction(torch.autograd.Function):
@@ -61,11 +61,12 @@ class ConvNormFunction(torch.autograd.Function):
         pairs: Pairs,
         relu: bool,
         through: bool,
+        backend: str,
     ) -> tuple[Tensor, ...]:
-        y, statistics = _convolve(Raw(x, affine, mean), weight, conv_bias, bn, pairs, relu)
+        y, statistics = _convolve(Raw(x, affine, mean), weight, conv_bias, bn, pairs, relu, backend)
         y_affine = statistics.affine(bn)
         ctx.save_for_backward(x, affine, mean, weight, conv_bias, bn_weight, bn_bias, y, *statistics[:2])
-        ctx.options = bn.training, bn.eps, pairs, relu
+        ctx.options, ctx.backend = (bn.training, bn.eps, pairs, relu), backend
         ctx.mark_non_differentiable(statistics.mean)
         ctx.set_materialize_grads(False)
         return (y, y_affine, statistics.mean, *([x.view_as(x)] if through else []))
@@ -81,8 +82,11 @@ class ConvNormFunction(torch.autograd.Function):
         grad_affine = y_mean.new_zeros(2, y_mean.shape[0]) if grad_affine is None else grad_affine
         if _recorded():
             grads = _conv_norm_double_backward(ctx, saved, grad_y, grad_affine, grad_through)
-            return (*grads[:2], None, *grads[2:], *[None] * 4)
-        grad_mean, grad_var, grad_weight_bn = ops.finalize_backward(grad_affine[1], grad_affine[0], var, bn_weight, eps)
+            return (*grads[:2], None, *grads[2:], *[None] * 5)
+        kernels = ops.of(ctx.backend)
+        grad_mean, grad_var, grad_weight_bn = kernels.finalize_backward(
+            grad_affine[1], grad_affine[0], var, bn_weight, eps
+        )
         grad_through = None if grad_through is None else _laid_out_as(grad_through, x)
         wants_x, wants_affine, _, need_weight, *_ = ctx.needs_input_grad
         need_x = wants_x or wants_affine
@@ -93,9 +97,9 @@ class ConvNormFunction(torch.autograd.Function):
         if need_x and grad_through is not None and not torch.compiler.is_compiling():
             # only the closing unit of the same block made grad_through, and nobody reads it again
             grad_x = grad_through
-            grad_weight, sums = ops.conv_stats_backward_(*arguments, need_weight)
+            grad_weight, sums = kernels.conv_stats_backward_(*arguments, need_weight)
         else:
-            grad_x, grad_weight, sums = ops.conv_stats_backward(*arguments, need_x, need_weight)
+            grad_x, grad_weight, sums = kernels.conv_stats_backward(*arguments, need_x, need_weight)
         return (
             grad_x if wants_x else None,
             sums if affine is not None else None,
@@ -104,7 +108,7 @@ class ConvNormFunction(torch.autograd.Function):
             conv_bias_gradient(conv_bias, training, grad_affine[0], var, bn_weight, eps),
             _cast(grad_weight_bn, bn_weight),
             _cast(grad_affine[0], bn_bias),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -157,23 +161,24 @@ class ConvNormActFunction(torch.autograd.Function):
         relu_x: bool,
         relu: bool,
         moments: bool,
+        backend: str,
     ) -> Any:
         r = Raw(residual, residual_affine, residual_mean)  # type: ignore[arg-type]
-        y, statistics = _convolve(Raw(x, affine, mean), weight, conv_bias, bn, pairs, relu_x)
+        y, statistics = _convolve(Raw(x, affine, mean), weight, conv_bias, bn, pairs, relu_x, backend)
         y_affine = statistics.affine(bn)
         # the shift that backward's kernels compute from y_affine: the same bits, so the same mask
         own = scale_shift(Raw(y, y_affine, statistics.mean))
         raw = r if residual_affine is not None else Raw(None)  # type: ignore[arg-type]
         arguments = (y, *own, residual, *scale_shift(raw), relu)
         if moments:
-            out, out_mean, out_var = ops.scale_shift_act_moments(*arguments)
+            out, out_mean, out_var = ops.of(backend).scale_shift_act_moments(*arguments)
         else:
-            out, out_mean, out_var = ops.scale_shift_act(*arguments), None, None
+            out, out_mean, out_var = ops.of(backend).scale_shift_act(*arguments), None, None
         kept_mask = out if relu and residual is not None and raw.affine is None else None
         inputs = (x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *raw)
         handed_on = (out, out_mean) if moments else (None, None)
         ctx.save_for_backward(*inputs, statistics.var, y, statistics.mean, y_affine, kept_mask, *handed_on)
-        ctx.options = bn.training, bn.eps, pairs, relu_x, relu
+        ctx.options, ctx.backend = (bn.training, bn.eps, pairs, relu_x, relu), backend
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(not moments)
         return (out, out_mean, out_var) if moments else out
@@ -183,11 +188,11 @@ class ConvNormActFunction(torch.autograd.Function):
         ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:])
+        grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:], backend=ctx.backend)
         grads: Any = _conv_norm_act_double_backward if _recorded() else _conv_norm_act_backward
         x, affine, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine = grads(ctx, saved, grad_out)
         return (
-            x, affine, None, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine, None, *[None] * 5
+            x, affine, None, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine, None, *[None] * 6
         )  # fmt: skip
 
 
@@ -195,20 +200,20 @@ def _conv_norm_act_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Ten
     x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = saved
     raw, (var, y, y_mean, y_affine, out, *_) = Raw(*rest[:3]), rest[3:]
     training, eps, pairs, relu_x, relu = ctx.options
-    grad_out = _laid_out_as(grad_out, y)
+    kernels, grad_out = ops.of(ctx.backend), _laid_out_as(grad_out, y)
     _, shift = scale_shift(Raw(y, y_affine, y_mean))
     scale = y_affine[1]
     raw_scale, raw_shift = scale_shift(raw)
-    sums, dz = ops.scale_shift_act_backward_reduce(
+    sums, dz = kernels.scale_shift_act_backward_reduce(
         grad_out, y, scale, shift, y_mean, raw.x, raw_scale, raw_shift, raw.mean, out, relu
     )
-    grad_mean, grad_var, grad_weight_bn = ops.finalize_backward(sums[1], sums[0], var, bn_weight, eps)
+    grad_mean, grad_var, grad_weight_bn = kernels.finalize_backward(sums[1], sums[0], var, bn_weight, eps)
     if not training:
         grad_mean = grad_var = None
     grad_residual = grad_raw_affine = None
     if raw.affine is not None:
         # both branches share a mask of two activations: one pass writes both gradients
-        dz, grad_residual = ops.scale_shift_act_backward_apply(
+        dz, grad_residual = kernels.scale_shift_act_backward_apply(
             grad_out, y, scale, shift, y_mean, grad_mean, grad_var,
             raw.x, raw_scale, raw_shift, raw.mean, None, None, relu,
         )  # fmt: skip
@@ -218,7 +223,7 @@ def _conv_norm_act_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Ten
     if ctx.has_residual and raw.affine is None:
         # the shortcut's reader writes over its gradient, so the caller's own tensor is not handed on
         grad_residual = dz.clone() if out is None else dz
-    grad_x, grad_weight, input_sums = ops.conv_stats_backward(
+    grad_x, grad_weight, input_sums = kernels.conv_stats_backward(
         dz, None if y_affine is None else y, y_affine, y_mean, grad_mean, grad_var, relu and out is None, x, affine,
         mean, weight, relu_x, *pairs, None, any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[3],
     )  # fmt: skip
@@ -262,10 +267,11 @@ def _conv_norm_act_double_backward(ctx: Any, saved: Any, grad_out: Tensor) -> li
 
 
 def conv_norm(
-    x: Raw, conv: Conv2dParameters, bn: BatchNorm2dParameters, relu: bool, *, through: bool = False
+    x: Raw, conv: Conv2dParameters, bn: BatchNorm2dParameters, relu: bool, backend: str, *, through: bool = False
 ) -> tuple[Raw, Tensor]:
     """The raw output of a convolution with what normalises it, and x for a shortcut (see ConvNormFunction)."""
-    found = ConvNormFunction.apply(*x, conv.weight, conv.bias, bn.weight, bn.bias, bn, geometry(conv), relu, through)
+    tensors = (*x, conv.weight, conv.bias, bn.weight, bn.bias)
+    found = ConvNormFunction.apply(*tensors, bn, geometry(conv), relu, through, backend)
     return Raw(*found[:3]), found[3] if through else x.x
 
 
@@ -276,6 +282,7 @@ def conv_norm_act(
     residual: Raw | None,
     relu_x: bool,
     relu: bool,
+    backend: str,
     *,
     moments: bool = False,
 ) -> Any:
@@ -284,9 +291,9 @@ def conv_norm_act(
     tensors = (*x, conv.weight, conv.bias, bn.weight, bn.bias, *r)
     pairs = geometry(conv)
     if bn.training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return ConvNormActFunction.apply(*tensors, bn, pairs, relu_x, relu, moments)
-    statistics = Statistics.of_running(bn, conv.bias)
-    found = ops.conv_act(
+        return ConvNormActFunction.apply(*tensors, bn, pairs, relu_x, relu, moments, backend)
+    statistics = Statistics.of_running(bn, conv.bias, backend)
+    found = ops.of(backend).conv_act(
         *x, relu_x, conv.weight, statistics.scale, statistics.shift, *r, None, None, [1, 1], relu, *pairs, moments
     )
     return found if moments else found[0]

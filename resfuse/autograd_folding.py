@@ -25,18 +25,19 @@ def _as_image(matrix: Tensor) -> Tensor:
     return matrix[:, :, None, None]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, backend: str) -> Tensor:
     """a b^T of float32 matrices by the kernel that convolves."""
     shift = a.new_zeros(b.shape[0])
     options = (*_NONE[:5], [1, 1], False, *_UNIT, False)
-    return ops.conv_act(_as_image(a), None, None, False, _as_image(b), None, shift, *options)[0].flatten(1)
+    inputs = (_as_image(a), None, None, False, _as_image(b), None, shift)
+    return ops.of(backend).conv_act(*inputs, *options)[0].flatten(1)
 
 
-def _gram(grad: Tensor, a: Tensor, stride: list[int]) -> Tensor:
+def _gram(grad: Tensor, a: Tensor, stride: list[int], backend: str) -> Tensor:
     """grad^T a in float32, (K, C), over the pixels that a 1x1 convolution of this stride reads of a."""
     like = torch.empty(grad.shape[1], a.shape[1], 1, 1, device=a.device)
     pairs = (stride, [0, 0], [1, 1], 1)
-    return ops.conv_stats_backward(
+    return ops.of(backend).conv_stats_backward(
         grad, *_NONE[:5], False, a, None, None, like, False, *pairs, None, False, True
     )[1].flatten(1)  # fmt: skip
 
@@ -72,7 +73,13 @@ _NO_BRANCH: tuple[None, ...] = (None,) * len(Branch._fields)
 
 
 def fold(
-    x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, relu: bool, stride: list[int]
+    x: Raw,
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    bn: BatchNorm2dParameters,
+    relu: bool,
+    stride: list[int],
+    backend: str,
 ) -> tuple[Branch, Tensor, Tensor]:
     """Fold bn into weight for this input, and update the running statistics: :func:`reference.folded_weight`.
 
@@ -80,11 +87,11 @@ def fold(
         what backward needs, the folded weight, and the shift, taken from that rounded weight, so that the mean of BN's
         output is exact whatever the mean of a.
     """
-    a_mean, covariance = ops.second_moments(x.x, x.affine, x.mean, relu, stride)
+    a_mean, covariance = ops.of(backend).second_moments(x.x, x.affine, x.mean, relu, stride)
     matrix = weight.flatten(1).float().contiguous()
-    var = (_product(matrix, covariance) * matrix).sum(1).clamp_min_(0)  # a sum of rounded terms may fall below
+    var = (_product(matrix, covariance, backend) * matrix).sum(1).clamp_min_(0)  # a sum of rounded terms may fall below
     pixels = _pixels_read(x.x, stride)
-    statistics = Statistics.of_batch((matrix * a_mean).sum(1), var, pixels, bn, conv_bias)
+    statistics = Statistics.of_batch((matrix * a_mean).sum(1), var, pixels, bn, conv_bias, backend)
     branch = Branch(*x, weight, conv_bias, bn.weight, bn.bias, var, statistics.scale, a_mean, covariance)
     folded = branch.folded()
     return branch, folded, zeros_or(bn.bias, statistics.scale) - (folded.float() * a_mean).sum(1)
@@ -115,6 +122,7 @@ def _branch_gradients(
     stride: list[int],
     need_x: bool,
     need_weight: bool,
+    backend: str,
 ) -> BranchGradients:
     pixels = count(dz)
     matrix = branch.matrix()
@@ -124,15 +132,16 @@ def _branch_gradients(
     slope = branch.scale * invstd * grad_bn_weight
     grad_x = sums = grad_weight = None
     if need_weight:
-        grad_weight = centered * branch.scale[:, None] - _product(matrix, branch.covariance) * slope[:, None]
+        product = _product(matrix, branch.covariance, backend)
+        grad_weight = centered * branch.scale[:, None] - product * slope[:, None]
         grad_weight = torch.empty_like(branch.weight).copy_(grad_weight[:, :, None, None])
     if need_x:
-        correction = _gram(_as_image(matrix * (slope / -pixels)[:, None]), _as_image(matrix), [1, 1])  # -Q
+        correction = _gram(_as_image(matrix * (slope / -pixels)[:, None]), _as_image(matrix), [1, 1], backend)  # -Q
         rounded = correction.to(branch.x.dtype).float()
         folded = branch.folded()
         row = (folded.float() * (grad_bias / -pixels)[:, None]).sum(0) - (rounded * branch.a_mean[:, None]).sum(0)
         source = (branch.x, branch.affine, branch.mean)
-        grad_x, sums = ops.expand_bn_act_backward_input(dz, *source, relu, folded, correction, row, stride)
+        grad_x, sums = ops.of(backend).expand_bn_act_backward_input(dz, *source, relu, folded, correction, row, stride)
     return BranchGradients(
         grad_x,
         sums if branch.affine is not None else None,
@@ -180,16 +189,18 @@ class ExpandNormActFunction(torch.autograd.Function):
         relu_x: bool,
         relu: bool,
         moments: bool,
+        backend: str,
     ) -> Any:
-        main, folded, shift = fold(Raw(x, affine, mean), weight, conv_bias, bn, relu_x, [1, 1])
+        main, folded, shift = fold(Raw(x, affine, mean), weight, conv_bias, bn, relu_x, [1, 1], backend)
         branch: Any = _NO_BRANCH
         second: tuple[Tensor | None, ...] = (None, None)
         if shortcut is not None:
             assert shortcut_weight is not None and shortcut_bn is not None
-            branch, widened, more = fold(Raw(shortcut), shortcut_weight, shortcut_conv_bias, shortcut_bn, False, stride)
+            projection = (shortcut_weight, shortcut_conv_bias, shortcut_bn)
+            branch, widened, more = fold(Raw(shortcut), *projection, False, stride, backend)
             second, shift = (shortcut, _as_image(widened)), shift + more
         r = (residual, residual_affine, residual_mean)
-        out, out_mean, out_var = ops.conv_act(
+        out, out_mean, out_var = ops.of(backend).conv_act(
             x, affine, mean, relu_x, _as_image(folded), None, shift, *r, *second, stride, relu, *_UNIT, moments
         )
         # a plain residual is not kept: its gradient is dz, the mask comes from the output
@@ -197,7 +208,7 @@ class ExpandNormActFunction(torch.autograd.Function):
         handed_on = (out, out_mean) if moments else (None, None)
         ctx.save_for_backward(*main, *branch, *raw, out if relu else None, *handed_on)
         ctx.options = bn.eps, None if shortcut_bn is None else shortcut_bn.eps, stride, relu_x, relu
-        ctx.has_residual = residual is not None
+        ctx.has_residual, ctx.backend = residual is not None, backend
         ctx.set_materialize_grads(not moments)
         return (out, out_mean, out_var) if moments else out
 
@@ -206,9 +217,9 @@ class ExpandNormActFunction(torch.autograd.Function):
         ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:])
+        grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:], backend=ctx.backend)
         if _recorded():
-            return (*_double_backward(ctx, saved, grad_out), *[None] * 6)
+            return (*_double_backward(ctx, saved, grad_out), *[None] * 7)
         width = len(Branch._fields)
         main, tensors = Branch(*saved[:width]), saved[width:]
         shortcut = Branch(*tensors[:width]) if tensors[0] is not None else None
@@ -219,30 +230,25 @@ class ExpandNormActFunction(torch.autograd.Function):
         with torch.autocast(main.x.device.type, enabled=False):
             grad_out = _laid_out_as(grad_out, out if out is not None else _beside(main.x, grad_out))
             source = (main.x, main.affine, main.mean)
-            dz, gram, grad_bias = ops.expand_bn_act_backward_weight(grad_out, out, *source, relu_x)
-            own = _branch_gradients(main, dz, gram, grad_bias, eps, relu_x, [1, 1], any(need[:2]), need[3])
+            dz, gram, grad_bias = ops.of(ctx.backend).expand_bn_act_backward_weight(grad_out, out, *source, relu_x)
+            options: tuple[Any, ...] = (eps, relu_x, [1, 1], any(need[:2]), need[3], ctx.backend)
+            own = _branch_gradients(main, dz, gram, grad_bias, *options)
             other: Any = (None,) * len(BranchGradients._fields)
             if shortcut is not None:
-                other = _branch_gradients(
-                    shortcut,
-                    dz,
-                    _gram(dz, shortcut.x, stride),
-                    grad_bias,
-                    shortcut_eps,
-                    False,
-                    stride,
-                    need[10],
-                    need[11],
-                )
-            residual = _raw_gradients(dz, raw) if raw.affine is not None else (dz if ctx.has_residual else None, None)
-        return (*own[:2], None, *own[2:], *residual, None, other[0], *other[2:], *[None] * 6)
+                gram = _gram(dz, shortcut.x, stride, ctx.backend)
+                options = (shortcut_eps, False, stride, need[10], need[11], ctx.backend)
+                other = _branch_gradients(shortcut, dz, gram, grad_bias, *options)
+            residual: Any = (dz if ctx.has_residual else None, None)
+            if raw.affine is not None:
+                residual = _raw_gradients(dz, raw, ctx.backend)
+        return (*own[:2], None, *own[2:], *residual, None, other[0], *other[2:], *[None] * 7)
 
 
-def _raw_gradients(dz: Tensor, raw: Raw) -> tuple[Tensor, Tensor]:
+def _raw_gradients(dz: Tensor, raw: Raw, backend: str) -> tuple[Tensor, Tensor]:
     """The gradients of a raw residual and of its affine."""
-    vectors = (*scale_shift(raw), raw.mean)
-    sums, _ = ops.scale_shift_act_backward_reduce(dz, raw.x, *vectors, *_NONE[:5], False)
-    grad_residual, _ = ops.scale_shift_act_backward_apply(dz, raw.x, *vectors, *_NONE[:8], False)
+    kernels, vectors = ops.of(backend), (*scale_shift(raw), raw.mean)
+    sums, _ = kernels.scale_shift_act_backward_reduce(dz, raw.x, *vectors, *_NONE[:5], False)
+    grad_residual, _ = kernels.scale_shift_act_backward_apply(dz, raw.x, *vectors, *_NONE[:8], False)
     return grad_residual, sums
 
 
@@ -284,6 +290,7 @@ def expand_norm_act(
     stride: list[int],
     relu_x: bool,
     relu: bool,
+    backend: str,
     *,
     moments: bool = False,
 ) -> Any:
@@ -294,6 +301,5 @@ def expand_norm_act(
     if shortcut is not None:
         input_, conv, shortcut_bn = shortcut
         branch = (input_, conv.weight, conv.bias, shortcut_bn.weight, shortcut_bn.bias)
-    return ExpandNormActFunction.apply(
-        *x, weight, conv_bias, bn.weight, bn.bias, *r, *branch, bn, shortcut_bn, stride, relu_x, relu, moments
-    )
+    tensors = (*x, weight, conv_bias, bn.weight, bn.bias, *r, *branch)
+    return ExpandNormActFunction.apply(*tensors, bn, shortcut_bn, stride, relu_x, relu, moments, backend)

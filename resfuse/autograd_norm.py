@@ -19,13 +19,14 @@ from resfuse.parameters import BatchNorm2dParameters, Moments
 class Normalized:
     """What normalises one activation: its moments, taken here if not given, or the running statistics."""
 
-    def __init__(self, x: Tensor, bn: BatchNorm2dParameters, moments: Moments | None = None) -> None:
+    def __init__(self, x: Tensor, bn: BatchNorm2dParameters, moments: Moments | None, backend: str) -> None:
+        kernels = ops.of(backend)
         self.training, self.eps = bn.training, bn.eps
         self.mean: Tensor
         self.var: Tensor
         if bn.training:
             if moments is None:
-                moments = Moments(*(ops.moments(x) if x.numel() > 0 else reference.empty_moments(x)))
+                moments = Moments(*(kernels.moments(x) if x.numel() > 0 else reference.empty_moments(x)))
             self.mean, self.var = moments
             count = x.shape[0] * x.shape[2] * x.shape[3]
             running: tuple[Tensor | None, ...] = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
@@ -35,7 +36,7 @@ class Normalized:
             dtype = ops.accumulate_dtype(x.dtype)
             self.mean, self.var = bn.running_mean.to(dtype, copy=True), bn.running_var.to(dtype, copy=True)
             count, running = 0, (None, None, None)
-        self.scale, self.shift = ops.finalize(
+        self.scale, self.shift = kernels.finalize(
             self.mean, self.var, count, bn.weight, bn.bias, *running, bn.momentum, bn.eps
         )
 
@@ -49,6 +50,7 @@ def bn_act(
     residual: Tensor | None,
     residual_bn: BatchNorm2dParameters | None,
     relu: bool,
+    backend: str,
     *,
     owned: bool,
     moments: Moments | None = None,
@@ -64,16 +66,17 @@ def bn_act(
     given = (None, None) if moments is None or not bn.training else moments
     tensors = (x, bn.weight, bn.bias, residual, raw_weight, raw_bias, *given)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return BNActFunction.apply(*tensors, bn, residual_bn, relu, owned, return_moments)
-    branch = Normalized(x, bn, moments)
-    raw = Normalized(residual, residual_bn) if residual is not None and residual_bn is not None else None
+        return BNActFunction.apply(*tensors, bn, residual_bn, relu, owned, return_moments, backend)
+    kernels = ops.of(backend)
+    branch = Normalized(x, bn, moments, backend)
+    raw = Normalized(residual, residual_bn, None, backend) if residual is not None and residual_bn is not None else None
     raw_affine = (None, None) if raw is None else (raw.scale, raw.shift)
     if return_moments:
-        return ops.scale_shift_act_moments(x, branch.scale, branch.shift, residual, *raw_affine, relu)
+        return kernels.scale_shift_act_moments(x, branch.scale, branch.shift, residual, *raw_affine, relu)
     if owned and not torch.compiler.is_compiling():
-        ops.scale_shift_act_(x, branch.scale, branch.shift, residual, *raw_affine, relu)
+        kernels.scale_shift_act_(x, branch.scale, branch.shift, residual, *raw_affine, relu)
         return x
-    return ops.scale_shift_act(x, branch.scale, branch.shift, residual, *raw_affine, relu)
+    return kernels.scale_shift_act(x, branch.scale, branch.shift, residual, *raw_affine, relu)
 
 
 class BNActFunction(torch.autograd.Function):
@@ -102,16 +105,19 @@ class BNActFunction(torch.autograd.Function):
         relu: bool,
         owned: bool,
         return_moments: bool,
+        backend: str,
     ) -> Any:
-        branch = Normalized(x, bn, None if mean is None or var is None else Moments(mean, var))
-        raw = Normalized(residual, residual_bn) if residual is not None and residual_bn is not None else None
+        branch = Normalized(x, bn, None if mean is None or var is None else Moments(mean, var), backend)
+        raw = None
+        if residual is not None and residual_bn is not None:
+            raw = Normalized(residual, residual_bn, None, backend)
         raw_affine = (None, None) if raw is None else (raw.scale, raw.shift)
         arguments = (x, branch.scale, branch.shift, residual, *raw_affine, relu)
         out_mean = out_var = None
         if return_moments:
-            out, out_mean, out_var = ops.scale_shift_act_moments(*arguments)
+            out, out_mean, out_var = ops.of(backend).scale_shift_act_moments(*arguments)
         else:
-            out = ops.scale_shift_act(*arguments)
+            out = ops.of(backend).scale_shift_act(*arguments)
         kept_mask = out if relu and residual is not None and raw is None else None
         raw_saved = (None,) * 5 if raw is None else (residual, *raw.saved())
         handed_on = (out, out_mean) if return_moments else (None, None)
@@ -120,6 +126,7 @@ class BNActFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.relu, ctx.has_residual, ctx.owned, ctx.given = relu, residual is not None, owned, mean is not None
         ctx.branches = (branch.training, branch.eps), None if raw is None else (raw.training, raw.eps)
+        ctx.backend = backend
         ctx.set_materialize_grads(not return_moments)
         return (out, out_mean, out_var) if return_moments else out
 
@@ -128,21 +135,23 @@ class BNActFunction(torch.autograd.Function):
         ctx: Any, grad_out: Tensor | None, grad_out_mean: Tensor | None = None, grad_out_var: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grad_out = _through_moments(grad_out, grad_out_mean, grad_out_var, *saved[-2:])
+        grad_out = _through_moments(grad_out, grad_out_mean, grad_out_var, *saved[-2:], backend=ctx.backend)
         if _recorded():
             return _bn_act_double_backward(ctx, saved, grad_out)
         x, weight, bias, raw_weight, raw_bias, mean, var, scale, shift, *others = saved
         raw, raw_mean, raw_var, raw_scale, raw_shift, out, *_ = others
         (training, eps), raw_branch = ctx.branches
-        grad_out = _laid_out_as(grad_out, x)
-        sums, dz = ops.scale_shift_act_backward_reduce(
+        kernels, grad_out = ops.of(ctx.backend), _laid_out_as(grad_out, x)
+        sums, dz = kernels.scale_shift_act_backward_reduce(
             grad_out, x, scale, shift, mean, raw, raw_scale, raw_shift, raw_mean, out, ctx.relu
         )
-        grad_mean, grad_var, grad_weight = ops.finalize_backward(sums[1], sums[0], var, weight, eps)
+        grad_mean, grad_var, grad_weight = kernels.finalize_backward(sums[1], sums[0], var, weight, eps)
         through = (grad_mean, grad_var) if training and not ctx.given else (None, None)
         raw_through, grad_raw_weight = (None, None), None
         if raw_branch is not None:
-            *raw_moments, grad_raw_weight = ops.finalize_backward(sums[2], sums[0], raw_var, raw_weight, raw_branch[1])
+            *raw_moments, grad_raw_weight = kernels.finalize_backward(
+                sums[2], sums[0], raw_var, raw_weight, raw_branch[1]
+            )
             raw_through = raw_moments if raw_branch[0] else (None, None)
 
         masked = out is not None  # dz already is the masked gradient
@@ -156,10 +165,10 @@ class BNActFunction(torch.autograd.Function):
             )  # fmt: skip
             if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
                 # x and raw are read for the last time: their memory is in cache and spares a fresh tensor's page faults
-                ops.scale_shift_act_backward_apply_(*arguments)
+                kernels.scale_shift_act_backward_apply_(*arguments)
                 grad_x, grad_residual = x.detach(), None if raw is None else raw.detach()
             else:
-                grad_x, grad_residual = ops.scale_shift_act_backward_apply(*arguments)
+                grad_x, grad_residual = kernels.scale_shift_act_backward_apply(*arguments)
         if raw is None:
             grad_residual = grad_out if ctx.has_residual else None
         return (
@@ -170,7 +179,7 @@ class BNActFunction(torch.autograd.Function):
             None if grad_raw_weight is None else _cast(grad_raw_weight, raw_weight),
             None if raw_branch is None else _cast(sums[0].clone(), raw_bias),  # two parameters share no memory
             *((grad_mean, grad_var) if ctx.given else (None, None)),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -195,7 +204,7 @@ def _bn_act_double_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Ten
     grads = _differentiate(forward, [x, weight, bias, raw, raw_weight, raw_bias, *vectors[:2]], dz)
     if raw is None and ctx.has_residual:
         grads[3] = dz
-    return (*grads[:6], *(grads[6:] if ctx.given else (None, None)), *[None] * 5)
+    return (*grads[:6], *(grads[6:] if ctx.given else (None, None)), *[None] * 6)
 
 
 class AddMomentsFunction(torch.autograd.Function):
@@ -205,17 +214,18 @@ class AddMomentsFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         one = torch.ones(x.shape[1], dtype=ops.accumulate_dtype(x.dtype), device=x.device)
-        out, mean, var = ops.scale_shift_act_moments(x, one, torch.zeros_like(one), residual, None, None, False)
+        affine = (one, torch.zeros_like(one))
+        out, mean, var = ops.of(backend).scale_shift_act_moments(x, *affine, residual, None, None, False)
         ctx.save_for_backward(out, mean)
-        ctx.has_residual = residual is not None
+        ctx.has_residual, ctx.backend = residual is not None, backend
         ctx.set_materialize_grads(False)
         return out, mean, var
 
     @staticmethod
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        grad = _through_moments(grad_out, grad_mean, grad_var, *ctx.saved_tensors)
-        return grad, grad if ctx.has_residual else None
+    ) -> tuple[Tensor, Tensor | None, None]:
+        grad = _through_moments(grad_out, grad_mean, grad_var, *ctx.saved_tensors, backend=ctx.backend)
+        return grad, grad if ctx.has_residual else None, None

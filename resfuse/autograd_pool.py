@@ -17,7 +17,7 @@ from resfuse.parameters import BatchNorm2dParameters, Moments, Window
 
 
 def bn_relu_maxpool(
-    x: Tensor, bn: BatchNorm2dParameters, window: Window, *, owned: bool, moments: Moments | None = None
+    x: Tensor, bn: BatchNorm2dParameters, window: Window, backend: str, *, owned: bool, moments: Moments | None = None
 ) -> Tensor:
     """BNReLUMaxPoolFunction where a gradient is needed, else the operators alone.
 
@@ -27,9 +27,9 @@ def bn_relu_maxpool(
     given = (None, None) if moments is None or not bn.training else moments
     tensors = (x, bn.weight, bn.bias, *given)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return BNReLUMaxPoolFunction.apply(*tensors, bn, window, owned)
-    own = Normalized(x, bn, moments)
-    return ops.scale_shift_relu_maxpool(x, own.scale, own.shift, *window)[0]
+        return BNReLUMaxPoolFunction.apply(*tensors, bn, window, owned, backend)
+    own = Normalized(x, bn, moments, backend)
+    return ops.of(backend).scale_shift_relu_maxpool(x, own.scale, own.shift, *window)[0]
 
 
 def _laid_out_beside(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
@@ -59,12 +59,13 @@ class BNReLUMaxPoolFunction(torch.autograd.Function):
         bn: BatchNorm2dParameters,
         window: Window,
         owned: bool,
+        backend: str,
     ) -> Tensor:
-        own = Normalized(x, bn, None if mean is None or var is None else Moments(mean, var))
-        out, indices = ops.scale_shift_relu_maxpool(x, own.scale, own.shift, *window)
+        own = Normalized(x, bn, None if mean is None or var is None else Moments(mean, var), backend)
+        out, indices = ops.of(backend).scale_shift_relu_maxpool(x, own.scale, own.shift, *window)
         ctx.save_for_backward(x, weight, bias, indices, *own.saved())
         ctx.training, ctx.eps, ctx.window, ctx.owned = own.training, own.eps, window, owned
-        ctx.given = mean is not None
+        ctx.given, ctx.backend = mean is not None, backend
         return out
 
     @staticmethod
@@ -72,20 +73,20 @@ class BNReLUMaxPoolFunction(torch.autograd.Function):
         if _recorded():
             return _double_backward(ctx, grad_out)
         x, weight, bias, indices, mean, var, scale, shift = ctx.saved_tensors
-        pooled = (_laid_out_beside(grad_out, x, indices), indices, x, scale, shift, mean)
-        sums = ops.scale_shift_relu_maxpool_backward_reduce(*pooled, *ctx.window)
-        grad_mean, grad_var, grad_weight = ops.finalize_backward(sums[1], sums[0], var, weight, ctx.eps)
+        kernels, pooled = ops.of(ctx.backend), (_laid_out_beside(grad_out, x, indices), indices, x, scale, shift, mean)
+        sums = kernels.scale_shift_relu_maxpool_backward_reduce(*pooled, *ctx.window)
+        grad_mean, grad_var, grad_weight = kernels.finalize_backward(sums[1], sums[0], var, weight, ctx.eps)
         through = (grad_mean, grad_var) if ctx.training and not ctx.given else (None, None)
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
                 # x is read for the last time: its memory spares a fresh tensor's page faults
-                ops.scale_shift_relu_maxpool_backward_apply_(*pooled, *through, *ctx.window)
+                kernels.scale_shift_relu_maxpool_backward_apply_(*pooled, *through, *ctx.window)
                 grad_x = x.detach()
             else:
-                grad_x = ops.scale_shift_relu_maxpool_backward_apply(*pooled, *through, *ctx.window)
+                grad_x = kernels.scale_shift_relu_maxpool_backward_apply(*pooled, *through, *ctx.window)
         through = (grad_mean, grad_var) if ctx.given else (None, None)
-        return grad_x, _cast(grad_weight, weight), _cast(sums[0], bias), *through, None, None, None
+        return grad_x, _cast(grad_weight, weight), _cast(sums[0], bias), *through, *[None] * 4
 
 
 def _double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,4 +99,4 @@ def _double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         return reference.scale_shift_relu_maxpool(x, scale, shift, *ctx.window)
 
     grads = _differentiate(forward, [x, weight, bias, mean, var], grad_out)
-    return (*grads[:3], *(grads[3:] if ctx.given else (None, None)), None, None, None)
+    return (*grads[:3], *(grads[3:] if ctx.given else (None, None)), *[None] * 4)

@@ -36,13 +36,16 @@ class ConvAddFunction(torch.autograd.Function):
         pairs: Pairs,
         relu_x: bool,
         moments: bool,
+        backend: str,
     ) -> Any:
         shift = torch.zeros(weight.shape[0], device=x.device) if conv_bias is None else conv_bias.float()
-        options = (residual, None, None, None, None, [1, 1], False)
-        out, out_mean, out_var = ops.conv_act(x, affine, mean, relu_x, weight, None, shift, *options, *pairs, moments)
+        options = (residual, None, None, None, None, [1, 1], False, *pairs)
+        out, out_mean, out_var = ops.of(backend).conv_act(
+            x, affine, mean, relu_x, weight, None, shift, *options, moments
+        )
         handed_on = (out, out_mean) if moments else (None, None)
         ctx.save_for_backward(x, affine, mean, weight, conv_bias, *handed_on)
-        ctx.options = pairs, relu_x
+        ctx.options, ctx.backend = (pairs, relu_x), backend
         ctx.set_materialize_grads(not moments)
         return (out, out_mean, out_var) if moments else out
 
@@ -52,7 +55,7 @@ class ConvAddFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, affine, mean, weight, conv_bias, *handed_on = ctx.saved_tensors
         pairs, relu_x = ctx.options
-        grad = _through_moments(grad_out, grad_mean, grad_var, *handed_on)
+        grad = _through_moments(grad_out, grad_mean, grad_var, *handed_on, backend=ctx.backend)
         wants_x, wants_affine, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
         need_x = wants_x or wants_affine
         if _recorded():
@@ -62,9 +65,9 @@ class ConvAddFunction(torch.autograd.Function):
                 return reference.conv_stats(a, Conv2dParameters(weight, conv_bias, *pairs))[0]
 
             grads = _differentiate(forward, [x, affine, weight, conv_bias], grad)
-            return (*grads[:2], None, *grads[2:], grad if need_residual else None, *[None] * 3)
+            return (*grads[:2], None, *grads[2:], grad if need_residual else None, *[None] * 4)
         grad = _laid_out_as(grad, _beside(x, grad))
-        grad_x, grad_weight, sums = ops.conv_stats_backward(
+        grad_x, grad_weight, sums = ops.of(ctx.backend).conv_stats_backward(
             grad, *[None] * 5, False, x, affine, mean, weight, relu_x, *pairs, None, need_x, need_weight
         )
         # the shortcut's reader writes over its gradient, so the caller's own tensor is not handed on
@@ -76,7 +79,7 @@ class ConvAddFunction(torch.autograd.Function):
             grad_weight if need_weight else None,
             _cast(grad.float().sum((0, 2, 3)), conv_bias) if need_bias else None,
             grad_residual,
-            *[None] * 3,
+            *[None] * 4,
         )
 
 
@@ -95,14 +98,15 @@ class NormFunction(torch.autograd.Function):
         bn_bias: Tensor | None,
         bn: BatchNorm2dParameters,
         pixels: int,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         if bn.training:
             assert mean is not None and var is not None
-            statistics = Statistics.of_batch(mean, var, pixels, bn, None)
+            statistics = Statistics.of_batch(mean, var, pixels, bn, None, backend)
         else:
-            statistics = Statistics.of_running(bn, None)
+            statistics = Statistics.of_running(bn, None, backend)
         ctx.save_for_backward(statistics.mean, statistics.var, bn_weight, bn_bias)
-        ctx.training, ctx.eps = bn.training, bn.eps
+        ctx.training, ctx.eps, ctx.backend = bn.training, bn.eps, backend
         constant = statistics.mean.clone() if bn.training else statistics.mean
         ctx.mark_non_differentiable(constant)
         return statistics.affine(bn), constant
@@ -117,17 +121,20 @@ class NormFunction(torch.autograd.Function):
 
             grads: Any = _differentiate(forward, [mean, var, bn_weight, bn_bias], grad_affine)
         else:
-            grads = ops.finalize_backward(grad_affine[1], grad_affine[0], var, bn_weight, ctx.eps)
+            kernels = ops.of(ctx.backend)
+            grads = kernels.finalize_backward(grad_affine[1], grad_affine[0], var, bn_weight, ctx.eps)
             grads = (*grads[:2], _cast(grads[2], bn_weight), _cast(grad_affine[0], bn_bias))
-        return (*(grads[:2] if ctx.training else (None, None)), *grads[2:], None, None)
+        return (*(grads[:2] if ctx.training else (None, None)), *grads[2:], None, None, None)
 
 
-def norm(x: Tensor, moments: Moments | None, bn: BatchNorm2dParameters) -> Raw:
+def norm(x: Tensor, moments: Moments | None, bn: BatchNorm2dParameters, backend: str) -> Raw:
     """x and what normalises it at its readers."""
     given = (None, None) if moments is None or not bn.training else moments
-    return Raw(x, *NormFunction.apply(*given, bn.weight, bn.bias, bn, count(x)))
+    return Raw(x, *NormFunction.apply(*given, bn.weight, bn.bias, bn, count(x), backend))
 
 
-def conv_add(x: Raw, conv: Conv2dParameters, residual: Tensor | None, relu_x: bool, *, moments: bool) -> Any:
+def conv_add(
+    x: Raw, conv: Conv2dParameters, residual: Tensor | None, relu_x: bool, backend: str, *, moments: bool
+) -> Any:
     """conv(act(x)) + residual, or this and its moments (see ConvAddFunction)."""
-    return ConvAddFunction.apply(*x, conv.weight, conv.bias, residual, geometry(conv), relu_x, moments)
+    return ConvAddFunction.apply(*x, conv.weight, conv.bias, residual, geometry(conv), relu_x, moments, backend)

@@ -11,9 +11,10 @@ from resfuse import ops
 BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# What every native library implements. bn_act is moments, finalize and scale_shift_act; bn_relu_maxpool is moments,
-# finalize and scale_shift_relu_maxpool. Who convolves between them is a question of its own: `why_not_raw`.
-_NATIVE_UNITS = frozenset({"add_relu", "moments", "finalize", "scale_shift_act", "bn_act", "bn_relu_maxpool"})
+# What native libraries implement, and Triton's kernels too. bn_act is moments, finalize and scale_shift_act;
+# bn_relu_maxpool is moments, finalize and scale_shift_relu_maxpool. Who convolves is a question of its own:
+# `why_not_raw`.
+_UNITS = frozenset({"add_relu", "moments", "finalize", "scale_shift_act", "bn_act", "bn_relu_maxpool"})
 
 
 # From here on tile kernels win over torch's convolutions and passes around them, by measurement: narrower ones leave
@@ -42,11 +43,11 @@ def available() -> list[Status]:
         list[Status]: backend, device type, whether it is available, and the reason where it is not.
     """
     found = []
-    for device, reason in ops.missing_native.items():
-        if reason is None and device == "cuda" and not torch.cuda.is_available():
-            reason = "torch finds no CUDA device"
-        found.append(Status("native", device, reason is None, reason or ""))
-    found.append(Status("triton", "cuda", False, "this version has no Triton kernels"))
+    for backend, missing_kernels in (("native", ops.missing_native), ("triton", ops.missing_triton)):
+        for device, reason in missing_kernels.items():
+            if reason is None and device == "cuda" and not torch.cuda.is_available():
+                reason = "torch finds no CUDA device"
+            found.append(Status(backend, device, reason is None, reason or ""))
     found.append(Status("reference", "any", True, ""))
     return found
 
@@ -56,17 +57,33 @@ def missing(unit: str, backend: str, device: str, dtype: torch.dtype) -> str | N
     if backend == "reference":
         return None
     if backend == "triton":
-        return "this version has no Triton kernels"
-    if device not in ops.missing_native:
-        return f"there is no native library for {device}"
-    reason = ops.missing_native[device]
+        reason = ops.missing_triton.get(device, f"there are no Triton kernels for {device}")
+    else:
+        reason = ops.missing_native.get(device, f"there is no native library for {device}")
     if reason is not None:
         return reason
-    if unit not in _NATIVE_UNITS:
-        return "the native libraries do not have it"
+    if unit not in _UNITS:
+        return f"{backend} kernels do not have it"
     if dtype not in DTYPES:
         return f"it has no kernel for {dtype}"
     return None
+
+
+def _candidates(device: str) -> tuple[str, ...]:
+    """The backends of a kind of device, best first. Triton's interpreter, on the CPU, is for tests: never a choice."""
+    return ("native", "reference") if device == "cpu" else ("native", "triton", "reference")
+
+
+def why_none(unit: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why no backend has kernels for `unit`, so that plain torch would run; None where one has."""
+    if choose(unit, device, dtype) != "reference":
+        return None
+    return missing(unit, "native", device, dtype)
+
+
+def convolving(device: str, requested: str | None = None) -> str:
+    """The backend whose kernels convolve raw activations: the CPU's are native, a GPU's are Triton's."""
+    return "native" if device == "cpu" and requested is None else requested or "triton"
 
 
 def choose(unit: str, device: str, dtype: torch.dtype, requested: str | None = None) -> str:
@@ -86,7 +103,7 @@ def choose(unit: str, device: str, dtype: torch.dtype, requested: str | None = N
         RuntimeError: the requested backend does not serve this call.
     """
     if requested is None:
-        return "native" if missing(unit, "native", device, dtype) is None else "reference"
+        return next(backend for backend in _candidates(device) if missing(unit, backend, device, dtype) is None)
     if requested not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {requested!r}")
     reason = missing(unit, requested, device, dtype)
@@ -96,7 +113,11 @@ def choose(unit: str, device: str, dtype: torch.dtype, requested: str | None = N
 
 
 def why_not_raw(
-    device: str, dtype: torch.dtype, channels: int | None = None, group_channels: int | None = None
+    device: str,
+    dtype: torch.dtype,
+    channels: int | None = None,
+    group_channels: int | None = None,
+    requested: str | None = None,
 ) -> str | None:
     """Why activations do not travel raw, to be normalised by the convolution that reads them; None where they do.
 
@@ -105,11 +126,12 @@ def why_not_raw(
         dtype (torch.dtype): their dtype.
         channels (int | None): the fewest channels into or out of a convolution; None asks about kernels alone.
         group_channels (int | None): the fewest into or out of one group of a grouped one; None where none is grouped.
+        requested (str | None): the backend that must serve the call; None where the caller did not choose.
 
     Returns:
         str | None: the reason.
     """
-    if device != "cpu":
+    if convolving(device, requested) != "native" or device != "cpu":
         return f"there are no convolution kernels for {device}"
     if ops.missing_native["cpu"] is not None:
         return ops.missing_native["cpu"]

@@ -51,7 +51,7 @@ def conv_bn_act(
     shape = _checks.check_conv(conv, x.shape, x, cast=cast, prefix="conv.")
     _checks.check_norms(x, shape, bn, residual, residual_bn, cast=cast)
     if residual_bn is None and raw_chain.why_not(x, [conv], backend) is None:
-        return raw_chain.conv_bn_act(x, (conv, bn), residual, activation, return_moments)
+        return raw_chain.conv_bn_act(x, (conv, bn), residual, activation, return_moments, backend)
     y, owned = convolve(x, conv), residual_bn is None
     return bn_act(y, bn, residual, residual_bn, activation, backend, owned=owned, return_moments=return_moments)
 
@@ -96,7 +96,8 @@ def conv_bn_act_chain(
     choose("bn_act", x.device.type, x.dtype, backend)  # a missing backend raises before a running statistic changes
     convs = [conv for conv, _ in layers] + ([shortcut[0]] if isinstance(shortcut, tuple) else [])
     if raw_chain.why_not(x, convs, backend) is None:
-        return raw_chain.residual_chain(x, list(layers), shortcut, activation, last_activation, folding, return_moments)
+        options = (activation, last_activation, folding, return_moments, backend)
+        return raw_chain.residual_chain(x, list(layers), shortcut, *options)
     y = x
     for conv, bn in layers[:-1]:
         y = bn_act(convolve(y, conv), bn, None, None, activation, backend, owned=True)
@@ -209,7 +210,7 @@ def conv_stats(
     if residual is not None:
         _checks.check_residual(residual, shape, x, cast=cast)
     if raw_chain.why_not(x, [conv], backend) is None:
-        return raw_chain.conv_stats(x, conv, residual)
+        return raw_chain.conv_stats(x, conv, residual, backend)
     return add_moments(convolve(x, conv), residual, backend)
 
 
@@ -255,7 +256,7 @@ def preact_block(
     projection = shortcut if isinstance(shortcut, Conv2dParameters) else None
     convs = [conv for _, conv in layers] + ([] if projection is None else [projection])
     if raw_chain.why_not(x, convs, backend) is None:
-        return raw_chain.preact_chain(x, list(layers), shortcut, activation, moments, return_moments)
+        return raw_chain.preact_chain(x, list(layers), shortcut, activation, moments, return_moments, backend)
     y = first = x
     for i, (bn, conv) in enumerate(layers):
         if bn is not None:

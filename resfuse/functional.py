@@ -59,13 +59,14 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tens
     """
     _checks.check_floating("x", x)
     _checks.check_residual(residual, x.shape, x, cast=autocasts(x.device.type))
-    if serving_backend("add_relu", x, backend) == "reference":
+    chosen = serving_backend("add_relu", x, backend)
+    if chosen == "reference":
         return reference.add_relu(x, residual.to(x.dtype))
     if not _any_order_dense(x):
         x = x.contiguous()
     if residual.stride() != x.stride() or residual.dtype != x.dtype:
         residual = torch.empty_like(x).copy_(residual)
-    return AddReLUFunction.apply(x, residual)
+    return AddReLUFunction.apply(x, residual, chosen)
 
 
 def moments(x: Tensor, *, backend: str | None = None) -> Moments:
@@ -85,9 +86,10 @@ def moments(x: Tensor, *, backend: str | None = None) -> Moments:
     (Chan, Golub, LeVeque 1979), so no digits are lost where |mean| is much larger than the standard deviation.
     """
     _checks.check_image("x", x)
-    if serving_backend("moments", x, backend) == "reference":
+    chosen = serving_backend("moments", x, backend)
+    if chosen == "reference":
         return Moments(*reference.moments(x))
-    return Moments(*MomentsFunction.apply(as_dense(x)))
+    return Moments(*MomentsFunction.apply(as_dense(x), chosen))
 
 
 def finalize(
@@ -131,14 +133,15 @@ def finalize(
     _checks.check_batch_norm(parameters, (2, mean.shape[0], 1, 1), mean.device)
     if mean.dtype not in (torch.float32, torch.float64) or var.dtype != mean.dtype:
         raise TypeError(f"mean and var must both be float32 or float64, got {mean.dtype} and {var.dtype}")
-    if serving_backend("finalize", mean, backend) == "reference":
+    chosen = serving_backend("finalize", mean, backend)
+    if chosen == "reference":
         return reference.finalize(
             mean, var, weight, bias, eps, count=count, running_mean=running_mean, running_var=running_var,
             num_batches_tracked=num_batches_tracked, momentum=momentum,
         )  # fmt: skip
     mean, var = mean.contiguous(), var.contiguous()
     out = FinalizeFunction.apply(
-        mean, var, weight, bias, eps, count, running_mean, running_var, num_batches_tracked, momentum
+        mean, var, weight, bias, eps, count, running_mean, running_var, num_batches_tracked, momentum, chosen
     )
     bump_versions(parameters)
     return out
@@ -185,12 +188,14 @@ def scale_shift_act(
         raise ValueError("residual_scale and residual_shift must be given together, and with a residual")
     if residual is not None:
         _checks.check_residual(residual, x.shape, x, cast=autocasts(x.device.type))
-    if serving_backend("scale_shift_act", x, backend) == "reference":
+    chosen = serving_backend("scale_shift_act", x, backend)
+    if chosen == "reference":
         return reference.scale_shift_act(x, scale, shift, residual, residual_scale, residual_shift, activation)
     x = as_dense(x)
     residual = None if residual is None else beside(residual, x)
     dense = [None if v is None else v.contiguous() for v in vectors.values()]
-    return ScaleShiftActFunction.apply(x, dense[0], dense[1], residual, dense[2], dense[3], activation == "relu")
+    arguments = (x, dense[0], dense[1], residual, dense[2], dense[3], activation == "relu")
+    return ScaleShiftActFunction.apply(*arguments, chosen)
 
 
 def bn_act(

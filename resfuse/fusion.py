@@ -172,12 +172,14 @@ def _convolutions(module: Any) -> str:
     stretches = [convs for convs in stretches if convs]
     if not stretches:
         return ""
-    if getattr(module, "_resfuse_backend", None) == "reference":
+    backend = getattr(module, "_resfuse_backend", None)
+    if backend == "reference":
         return "torch: the reference was asked for"
-    reasons = [
-        why_not_convs([conv_parameters(conv) for conv in convs], convs[0].weight.device.type, convs[0].weight.dtype)
-        for convs in stretches
-    ]
+    reasons = []
+    for convs in stretches:
+        weight = convs[0].weight
+        parameters = [conv_parameters(conv) for conv in convs]
+        reasons.append(why_not_convs(parameters, weight.device.type, weight.dtype, backend))
     left = [reason for reason in reasons if reason is not None]
     if len(left) == len(reasons):
         return f"torch: {left[0]}"

@@ -100,7 +100,9 @@ def why_not_pool(pool: nn.Module, x: Tensor, backend: str | None) -> str | None:
         check_window(pool.kernel_size, pool.stride, pool.padding)
     except (TypeError, ValueError) as error:
         return f"maxpool: {error}"
-    return backends.missing("bn_relu_maxpool", backend or "native", x.device.type, x.dtype)
+    if backend is None:
+        return backends.why_none("bn_relu_maxpool", x.device.type, x.dtype)
+    return backends.missing("bn_relu_maxpool", backend, x.device.type, x.dtype)
 
 
 def why_stock_anywhere() -> str | None:
@@ -112,7 +114,7 @@ def why_stock_input(device: str, dtype: torch.dtype, backend: str | None) -> str
     """Why no backend serves activations on this device in this dtype; a requested backend is left to raise."""
     if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
-    if backend is None and (reason := backends.missing("bn_act", "native", device, dtype)) is not None:
+    if backend is None and (reason := backends.why_none("bn_act", device, dtype)) is not None:
         return f"no backend serves {dtype} on {device}: {reason}"
     return None
 

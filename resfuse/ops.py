@@ -1,8 +1,8 @@
 """The operators: schemas, output shapes for fake tensors, handles, and the loading of the compiled libraries.
 
 An operator's name is its mathematics, its overload the backend: the default overload is native (C++ on the CPU key,
-CUDA C++ on the CUDA key). Operators are private. Called with tensors that require gradients they give none;
-:mod:`resfuse.autograd` stands around them. `relu` chooses the activation: ReLU, or the identity.
+CUDA C++ on the CUDA key), `.triton` is Triton's. Operators are private. Called with tensors that require gradients they
+give none; :mod:`resfuse.autograd` stands around them. `relu` chooses the activation: ReLU, or the identity.
 
 Per-channel vectors are float32, or float64 beside float64 activations, except those that belong to the user (weight,
 bias, running statistics), which keep their own dtype.
@@ -11,8 +11,10 @@ bias, running statistics), which keep their own dtype.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,7 +82,8 @@ SCHEMAS = (
 
 _library = torch.library.Library("resfuse", "DEF")
 for _schema in SCHEMAS:
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _overload in (_schema, _schema.replace("(", ".triton(", 1)):
+        _library.define(_overload, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -208,7 +211,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     ),
 }
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"resfuse::{_name}", _fake, lib=_library)
+    for _overload in (_name, f"{_name}.triton"):
+        torch.library.register_fake(f"resfuse::{_overload}", _fake, lib=_library)
 
 
 def _load_native() -> str | None:
@@ -237,10 +241,42 @@ def _load_cuda() -> str | None:
     return None
 
 
+def _load_triton(device: str) -> str | None:
+    """Register Triton's kernels for a kind of device; return why there are none, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu" and not interpreted:
+        return "Triton compiles for GPUs (with TRITON_INTERPRET=1 its interpreter runs the kernels, slowly)"
+    if device == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built without CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        from resfuse._triton import LAUNCHERS
+    except ImportError as error:
+        return f"Triton's kernels do not load: {error}"
+    for name, launcher in LAUNCHERS.items():
+        _library.impl(f"{name}.triton", launcher, device.upper())
+    return None
+
+
 # Why a native library is missing; None where it is loaded. Keys are device types.
 missing_native: dict[str, str | None] = {"cpu": _load_native(), "cuda": _load_cuda()}
+# The same for Triton's kernels.
+missing_triton: dict[str, str | None] = {device: _load_triton(device) for device in ("cpu", "cuda")}
 
 _ops = torch.ops.resfuse
+_overloads = {
+    backend: SimpleNamespace(**{name: getattr(getattr(_ops, name), overload) for name in _FAKES})
+    for backend, overload in (("native", "default"), ("triton", "triton"))
+}
+
+
+def of(backend: str) -> Any:
+    """The operators of a backend, "native" or "triton", by name: of("triton").add_relu is resfuse::add_relu.triton."""
+    return _overloads[backend]
+
+
+# native handles
 add_relu = _ops.add_relu.default
 add_relu_backward = _ops.add_relu_backward.default
 moments = _ops.moments.default

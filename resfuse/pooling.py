@@ -13,9 +13,10 @@ def _bn_relu_maxpool(
     x: Tensor, bn: BatchNorm2dParameters, window: Window, backend: str | None, moments: Moments | None, *, owned: bool
 ) -> Tensor:
     """bn_relu_maxpool on checked arguments. `owned`: nobody else reads x, see :func:`autograd_pool.bn_relu_maxpool`."""
-    if serving_backend("bn_relu_maxpool", x, backend) == "reference":
+    chosen = serving_backend("bn_relu_maxpool", x, backend)
+    if chosen == "reference":
         return reference.bn_relu_maxpool(x, bn, *window, moments)
-    out = autograd_pool.bn_relu_maxpool(as_dense(x), bn, window, owned=owned, moments=moments)
+    out = autograd_pool.bn_relu_maxpool(as_dense(x), bn, window, chosen, owned=owned, moments=moments)
     bump_versions(bn)
     return out
 

@@ -61,24 +61,26 @@ class Statistics(NamedTuple):
 
     @staticmethod
     def of_batch(
-        mean: Tensor, var: Tensor, count: int, bn: BatchNorm2dParameters, conv_bias: Tensor | None
+        mean: Tensor, var: Tensor, count: int, bn: BatchNorm2dParameters, conv_bias: Tensor | None, backend: str
     ) -> Statistics:
         """From the moments of y; the running statistics, which include the convolution's bias, are updated."""
         true_mean = mean if conv_bias is None else mean + conv_bias.to(mean.dtype)
         running = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
-        scale, shift = ops.finalize(true_mean, var, count, bn.weight, bn.bias, *running, bn.momentum, bn.eps)
+        given = (true_mean, var, count, bn.weight, bn.bias)
+        scale, shift = ops.of(backend).finalize(*given, *running, bn.momentum, bn.eps)
         if conv_bias is not None:
             shift = shift + conv_bias.to(shift.dtype) * scale
         return Statistics(mean, var, scale, shift)
 
     @staticmethod
-    def of_running(bn: BatchNorm2dParameters, conv_bias: Tensor | None) -> Statistics:
+    def of_running(bn: BatchNorm2dParameters, conv_bias: Tensor | None, backend: str) -> Statistics:
         """From copies of the running statistics: saved for backward while they may change in place."""
         assert bn.running_mean is not None and bn.running_var is not None
         mean, var = bn.running_mean.to(torch.float32, copy=True), bn.running_var.to(torch.float32, copy=True)
         if conv_bias is not None:
             mean = mean - conv_bias.to(mean.dtype)
-        scale, shift = ops.finalize(mean, var, 0, bn.weight, bn.bias, None, None, None, bn.momentum, bn.eps)
+        given = (mean, var, 0, bn.weight, bn.bias)
+        scale, shift = ops.of(backend).finalize(*given, None, None, None, bn.momentum, bn.eps)
         return Statistics(mean, var, scale, shift)
 
     def affine(self, bn: BatchNorm2dParameters) -> Tensor:

@@ -1,9 +1,14 @@
 """What tests share: a seed, fresh memory that is NaN, threads that are put back, and skips for missing hardware."""
 
+import os
+
 import pytest
 import torch
 
 from resfuse import backends
+
+# these run in a process of their own: test_triton_interpreted.py
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton_interpreted"]
 
 
 @pytest.fixture(autouse=True)

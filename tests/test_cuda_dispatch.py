@@ -128,7 +128,7 @@ def test_nothing_waits_for_a_value(no_tiles, autocast):
 @DTYPES
 def test_the_rules_for_cuda(monkeypatch, dtype):
     monkeypatch.setitem(ops.missing_native, "cuda", None)
-    for unit in backends._NATIVE_UNITS:
+    for unit in backends._UNITS:
         assert backends.choose(unit, "cuda", dtype) == "native"
     assert "convolution kernels for cuda" in backends.why_not_raw("cuda", dtype)
     monkeypatch.setitem(ops.missing_native, "cuda", "the CUDA library was not built")
