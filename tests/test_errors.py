@@ -162,7 +162,7 @@ CASES = [
     *refused(POOLS, "padding", to(-1), VALUE, "padding must be at least 0, got -1", "negative"),
     *refused(POOLS, "padding", to(2), VALUE, r"padding must be at most half of kernel_size \(3, 3\)", "large"),
     *refused("all", "backend", to("cuda"), VALUE, "backend must be one of native, triton, reference or", "unknown"),
-    *refused("all", "backend", to("triton"), RUNTIME, "backend='triton' does not serve .* on cpu: Triton compiles", "triton"),
+    *refused("all", "backend", to("triton"), RUNTIME, "'triton' does not serve .* on cpu: Triton compiles", "triton"),
     *refused(ADDING, "residual", lambda r: r[..., :3], VALUE,
              r"residual must have x's shape \(2, 6, 4, 4\), got \(2, 6, 4, 3\)", "shape"),
     *refused(ADDING, "residual", torch.Tensor.double, TYPE,
