@@ -9,6 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 from resfuse._triton.add_relu import add_relu, add_relu_backward
+from resfuse._triton.finalize import finalize, finalize_backward
+from resfuse._triton.moments import moments, moments_backward
+from resfuse._triton.pool import scale_shift_relu_maxpool
+from resfuse._triton.scale_shift_act import scale_shift_act, scale_shift_act_, scale_shift_act_moments
+from resfuse._triton.scale_shift_act_backward import (
+    scale_shift_act_backward_apply,
+    scale_shift_act_backward_apply_,
+    scale_shift_act_backward_reduce,
+    scale_shift_relu_maxpool_backward_apply,
+    scale_shift_relu_maxpool_backward_apply_,
+    scale_shift_relu_maxpool_backward_reduce,
+)
 
 # What serves the overload `.triton` of each operator; ops.py registers them.
 LAUNCHERS: dict[str, Callable[..., Any]] = {
@@ -16,5 +28,19 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     for launcher in (
         add_relu,
         add_relu_backward,
+        moments,
+        moments_backward,
+        finalize,
+        finalize_backward,
+        scale_shift_act,
+        scale_shift_act_,
+        scale_shift_act_moments,
+        scale_shift_act_backward_reduce,
+        scale_shift_act_backward_apply,
+        scale_shift_act_backward_apply_,
+        scale_shift_relu_maxpool,
+        scale_shift_relu_maxpool_backward_reduce,
+        scale_shift_relu_maxpool_backward_apply,
+        scale_shift_relu_maxpool_backward_apply_,
     )
 }

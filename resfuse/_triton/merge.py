@@ -11,14 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse._triton.tiles import finite_or_zero
+_ELEMENTS = 4096  # that a program loads at once
+_PARTS = 256  # of them side by side at most: few steps that wait for memory
 
-_PARTS, _CHANNELS = 16, 64  # partials and channels that a program loads at once
-_ELEMENTS = 512
+
+def _tile(parts: int) -> tuple[int, int]:
+    """Parts and channels of a program's tile."""
+    side_by_side = min(_PARTS, triton.next_power_of_2(parts))
+    return side_by_side, min(_ELEMENTS // side_by_side, 512)
 
 
 @triton.jit
-def _merge_moments_kernel(
+def merge_moments_kernel(
     partial_ptr,  # (parts, 2, channels): mean and squared deviations of each slab
     mean_ptr,
     var_ptr,
@@ -31,43 +35,46 @@ def _merge_moments_kernel(
 ):
     channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
-    # deviations from the first slab's mean: merging cancels nothing where |mean| >> std
-    center = finite_or_zero(tl.load(partial_ptr + channel, mask=valid, other=0.0))
-    sums = tl.zeros((PARTS, CHANNELS), tl.float32)
+    sums = tl.zeros((PARTS, CHANNELS), tl.float64)
     for begin in range(0, parts, PARTS):
         part = begin + tl.arange(0, PARTS).to(tl.int64)
         mask = (part < parts)[:, None] & valid[None, :]
-        count = tl.minimum(slab, rows - part * slab).to(tl.float32)
+        count = tl.minimum(slab, rows - part * slab).to(tl.float64)
         means = tl.load(partial_ptr + part[:, None] * 2 * channels + channel[None, :], mask=mask, other=0.0)
-        sums += tl.where(mask, (means - center[None, :]) * count[:, None], 0.0)
-    mean = center + tl.sum(sums, 0) / rows
-    sums = tl.zeros((PARTS, CHANNELS), tl.float32)
+        sums += tl.where(mask, means.to(tl.float64) * count[:, None], 0.0)
+    mean = tl.sum(sums, 0) / rows
+    sums = tl.zeros((PARTS, CHANNELS), tl.float64)
     for begin in range(0, parts, PARTS):
         part = begin + tl.arange(0, PARTS).to(tl.int64)
         mask = (part < parts)[:, None] & valid[None, :]
-        count = tl.minimum(slab, rows - part * slab).to(tl.float32)
+        count = tl.minimum(slab, rows - part * slab).to(tl.float64)
         at = partial_ptr + part[:, None] * 2 * channels + channel[None, :]
-        delta = tl.load(at, mask=mask, other=0.0) - mean[None, :]
-        sums += tl.where(mask, tl.load(at + channels, mask=mask, other=0.0) + delta * delta * count[:, None], 0.0)
-    tl.store(mean_ptr + channel, mean, mask=valid)
-    tl.store(var_ptr + channel, tl.sum(sums, 0) / rows, mask=valid)
+        delta = tl.load(at, mask=mask, other=0.0).to(tl.float64) - mean[None, :]
+        squares = tl.load(at + channels, mask=mask, other=0.0).to(tl.float64)
+        sums += tl.where(mask, squares + delta * delta * count[:, None], 0.0)
+    tl.store(mean_ptr + channel, mean.to(mean_ptr.dtype.element_ty), mask=valid)
+    tl.store(var_ptr + channel, (tl.sum(sums, 0) / rows).to(var_ptr.dtype.element_ty), mask=valid)
 
 
-def merge_moments(partial: Tensor, slab: int, rows: int) -> tuple[Tensor, Tensor]:
-    """mean and biased variance of `rows` pixels from (slabs, 2, C): the mean and squared deviations of each slab."""
+def merge_moments(partial: Tensor, slab: int, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """mean and biased variance of `rows` pixels from (slabs, 2, C): the mean and squared deviations of each slab.
+
+    Slabs are merged in float64 (Chan, Golub, LeVeque 1979); results have `dtype`, by default that of the slabs.
+    """
     parts, _, channels = partial.shape
-    mean, var = partial.new_empty(channels), partial.new_empty(channels)
-    _merge_moments_kernel[(triton.cdiv(channels, _CHANNELS),)](
-        partial, mean, var, parts, slab, rows, channels, PARTS=_PARTS, CHANNELS=_CHANNELS, enable_fp_fusion=False
+    mean, var = (torch.empty(channels, dtype=dtype or partial.dtype, device=partial.device) for _ in range(2))
+    rows_of_parts, width = _tile(parts)
+    merge_moments_kernel[(triton.cdiv(channels, width),)](
+        partial, mean, var, parts, slab, rows, channels, PARTS=rows_of_parts, CHANNELS=width, enable_fp_fusion=False
     )
     return mean, var
 
 
 @triton.jit
-def _sum_partials_kernel(partial_ptr, out_ptr, parts, size, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
+def sum_partials_kernel(partial_ptr, out_ptr, parts, size, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     valid = element < size
-    sums = tl.zeros((PARTS, ELEMENTS), tl.float32)
+    sums = tl.zeros((PARTS, ELEMENTS), partial_ptr.dtype.element_ty)
     for begin in range(0, parts, PARTS):
         part = begin + tl.arange(0, PARTS).to(tl.int64)
         mask = (part < parts)[:, None] & valid[None, :]
@@ -75,11 +82,11 @@ def _sum_partials_kernel(partial_ptr, out_ptr, parts, size, PARTS: tl.constexpr,
     tl.store(out_ptr + element, tl.sum(sums, 0).to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def sum_partials(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The sum over the first axis of a contiguous float32 tensor, in a fixed order."""
-    out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
-    elements = min(_ELEMENTS, max(32, triton.next_power_of_2(triton.cdiv(out.numel(), 128))))
-    _sum_partials_kernel[(triton.cdiv(out.numel(), elements),)](
-        partial, out, partial.shape[0], out.numel(), PARTS=8, ELEMENTS=elements, enable_fp_fusion=False
+def sum_partials(partial: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum over the first axis of a contiguous tensor, in a fixed order; in the tensor's own dtype by default."""
+    out = torch.empty(partial.shape[1:], dtype=dtype or partial.dtype, device=partial.device)
+    parts, elements = _tile(partial.shape[0])
+    sum_partials_kernel[(triton.cdiv(out.numel(), elements),)](
+        partial, out, partial.shape[0], out.numel(), PARTS=parts, ELEMENTS=elements, enable_fp_fusion=False
     )
     return out

@@ -16,7 +16,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 @triton.jit
 def activate(z, RELU: tl.constexpr):
     """relu(z) with relu(NaN) = NaN, or z."""
-    return tl.where(z <= 0, 0.0, z) if RELU else z
+    return tl.where(z < 0, 0.0, z) if RELU else z
 
 
 @triton.jit

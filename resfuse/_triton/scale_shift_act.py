@@ -1,0 +1,160 @@
+"""scale_shift_act in Triton: out = act(x*scale + shift + r), r absent, residual, or residual*scale_r + shift_r.
+
+One read of each operand and one write: two or three accesses per element. The second form also gives the moments of
+the result, of the values that were just rounded and stored, without reading them again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resfuse._triton.merge import merge_moments
+from resfuse._triton.tiles import activate
+from resfuse._triton.walk import (
+    Walk,
+    add_to_streams,
+    beside,
+    own_block,
+    pivot_of,
+    places,
+    store_moments,
+    vector,
+    walk_over,
+)
+
+
+@triton.jit
+def preactivation(x, scale, shift, residual, residual_scale, residual_shift):
+    """x*scale + shift + r, rounded after each step: backward computes the same bits again for its mask."""
+    z = x * scale + shift
+    if residual is not None:
+        if residual_scale is not None:
+            residual = residual * residual_scale + residual_shift
+        z = z + residual
+    return z
+
+
+@triton.jit
+def load_tile(pointer, at, inside, like):
+    """A tile in the dtype of `like`; None where there is no such activation."""
+    if pointer is None:
+        return None
+    return tl.load(pointer + at, mask=inside, other=0.0).to(like.dtype)
+
+
+@triton.jit
+def optional_vector(pointer, channel, valid):
+    if pointer is None:
+        return None
+    return vector(pointer, channel, valid)
+
+
+@triton.jit
+def scale_shift_act_kernel(
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    residual_scale_ptr,
+    residual_shift_ptr,
+    out_ptr,
+    partial_ptr,  # (slabs, 2, channels) where the result's moments are wanted
+    pixels,
+    channels,
+    plane,
+    slab,
+    RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    part, channel, valid = own_block(channels, BLOCK_C)
+    scale = vector(scale_ptr, channel, valid)
+    shift = vector(shift_ptr, channel, valid)
+    residual_scale = optional_vector(residual_scale_ptr, channel, valid)
+    residual_shift = optional_vector(residual_shift_ptr, channel, valid)
+    first = part * slab
+    end = tl.minimum(first + slab, pixels)
+    pivot = tl.zeros((1, BLOCK_C), scale.dtype)
+    if partial_ptr is not None:
+        at = places(first * 0, channel, channels, plane, CHANNELS_LAST, 1)
+        x = load_tile(x_ptr, at, valid[None, :], scale)
+        residual = load_tile(residual_ptr, at, valid[None, :], scale)
+        z = preactivation(x, scale, shift, residual, residual_scale, residual_shift)
+        pivot = pivot_of(activate(z, RELU).to(out_ptr.dtype.element_ty).to(scale.dtype))
+    mean = tl.zeros((BLOCK_M, BLOCK_C), scale.dtype)
+    m2 = tl.zeros((BLOCK_M, BLOCK_C), scale.dtype)
+    for step in range(0, slab // BLOCK_M):
+        begin = first + step * BLOCK_M
+        inside = (begin + tl.arange(0, BLOCK_M) < end)[:, None] & valid[None, :]
+        at = places(begin, channel, channels, plane, CHANNELS_LAST, BLOCK_M)
+        x = load_tile(x_ptr, at, inside, scale)
+        residual = load_tile(residual_ptr, at, inside, scale)
+        z = preactivation(x, scale, shift, residual, residual_scale, residual_shift)
+        out = activate(z, RELU).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, out, mask=inside)
+        if partial_ptr is not None:
+            mean, m2 = add_to_streams(mean, m2, out.to(scale.dtype) - pivot, inside, step)
+    if partial_ptr is not None:
+        store_moments(partial_ptr, pivot, mean, m2, first, end, part, channel, valid, channels, BLOCK_M)
+
+
+def _run(
+    x: Tensor,
+    affine: tuple[Tensor, Tensor],
+    residual: tuple[Tensor | None, Tensor | None, Tensor | None],
+    relu: bool,
+    out: Tensor,
+    walk: Walk,
+    partial: Tensor | None = None,
+) -> None:
+    beside(x, residual=residual[0], out=out)
+    if x.numel() > 0:
+        arguments = (x, *affine, *residual, out, partial, *walk.sizes)
+        scale_shift_act_kernel[walk.grid](*arguments, RELU=relu, **walk.options)
+
+
+def scale_shift_act(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    out = torch.empty_like(x)
+    _run(x, (scale, shift), (residual, residual_scale, residual_shift), relu, out, walk_over(x))
+    return out
+
+
+def scale_shift_act_(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    relu: bool,
+) -> None:
+    _run(x, (scale, shift), (residual, residual_scale, residual_shift), relu, x, walk_over(x))
+
+
+def scale_shift_act_moments(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.numel() == 0:
+        raise RuntimeError("resfuse: an empty activation has no moments")
+    out, walk = torch.empty_like(x), walk_over(x, reduces=True)
+    partial = torch.empty(walk.parts, 2, walk.channels, dtype=torch.float64, device=x.device)
+    _run(x, (scale, shift), (residual, residual_scale, residual_shift), relu, out, walk, partial)
+    return out, *merge_moments(partial, walk.slab, walk.pixels, scale.dtype)
