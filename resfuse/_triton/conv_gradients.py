@@ -173,24 +173,24 @@ def weight_gradient_kernel(
     RELU: tl.constexpr,
     POINTWISE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # pixels of one step
-    BLOCK_N: tl.constexpr,  # output channels
-    BLOCK_K: tl.constexpr,  # input channels
+    BLOCK_M: tl.constexpr,  # output channels
+    BLOCK_N: tl.constexpr,  # input channels
+    BLOCK_K: tl.constexpr,  # pixels of one step
 ):
     """The grid: blocks of output channels by blocks of input channels by taps; slabs; groups."""
     slab, group = tl.program_id(1), tl.program_id(2)
-    blocks = tl.cdiv(out_channels, BLOCK_N)
+    blocks = tl.cdiv(out_channels, BLOCK_M)
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     taps = height.taps * width.taps
     tap = rest % taps
-    k = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = rest // taps * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = rest // taps * BLOCK_N + tl.arange(0, BLOCK_N)
     k_valid, c_valid = k < out_channels, c < channels
     k += group * out_channels
     all_out = groups * out_channels
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(slab * slab_tiles, tl.minimum(slab * slab_tiles + slab_tiles, tiles)):
-        rows = tile_rows(tile, images, height, width, POINTWISE, BLOCK_M)
+        rows = tile_rows(tile, images, height, width, POINTWISE, BLOCK_K)
         grad = load_gradient(
             grad_ptr, y_ptr, y_affine_ptr, y_mean_ptr, grad_mean_ptr, grad_var_ptr, count,
             result_pixels(rows, height, width), rows[3], k, k_valid, all_out, Y_RELU,

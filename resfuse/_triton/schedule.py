@@ -1,6 +1,11 @@
 """How a product is divided among programs: tile sizes and slabs, from its shape alone.
 
-The number of slabs decides the order of sums, so it does not ask how many processors a GPU has.
+The number of slabs decides the order of sums, so it does not ask how many processors a GPU has. Rows of a tile, the
+channels it writes and those of one step follow these rules, which keep every kernel free of spills (the compile gate
+checks them): 128 rows by up to 64 channels for large maps, fewer for small ones and for float32, since a prologue's
+vectors, moments, and what an epilogue loads take registers beside the sums; all channels of a 1x1 convolution in one
+step up to 128, else steps of 64 or 32, of 16 in float32; as many steps in flight, up to three, as the shared memory of
+every target has room for.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from resfuse._triton import configs
 from resfuse._triton.gemm import Product
 
 _PROGRAMS = 528  # four for each multiprocessor of the largest GPU: enough to even out, few enough to keep a weight
+_LARGE_MAP = 4096  # pixels
 
 
 class Schedule(NamedTuple):
@@ -45,39 +51,61 @@ def _block(size: int, largest: int) -> int:
     return max(16, min(largest, triton.next_power_of_2(size)))
 
 
-def slabs_of(config: configs.Product, rows: int, blocks: int, groups: int, single: bool = False) -> Schedule:
-    """Rows divided into slabs, so that there are about as many programs as _PROGRAMS."""
-    tiles = triton.cdiv(rows, config.block_m)
+def _config(block_m: int, block_n: int, block_k: int, dtype: torch.dtype, operands: int) -> configs.Product:
+    """A configuration of the most stages that every target has room for."""
+    warps = 8 if block_m == 128 or block_m * block_n == 4096 else 4
+    candidates = [configs.Product(block_m, block_n, block_k, stages, warps) for stages in (3, 2, 1)]
+    smallest = min(configs.TARGETS.values(), key=lambda target: target.shared_bytes)
+    return configs.pruned(candidates, smallest, dtype.itemsize, operands=operands)[0]
+
+
+def _slabs(config: configs.Product, rows: int, step: int, blocks: int, groups: int, single: bool = False) -> Schedule:
+    """Rows divided into slabs of tiles of `step`, so that there are about _PROGRAMS programs."""
+    tiles = triton.cdiv(rows, step)
     wanted = max(1, _PROGRAMS // (blocks * groups))
     return Schedule(config, blocks, tiles, triton.cdiv(tiles, wanted), single)
 
 
+def _rows(pixels: int, dtype: torch.dtype) -> int:
+    return 128 if pixels >= _LARGE_MAP and dtype != torch.float32 else 64
+
+
+def _depth(channels: int, taps: int, dtype: torch.dtype, step: int) -> int:
+    """Channels of one step: all of a 1x1 convolution's, where they are few, else `step`; 16 in float32."""
+    if dtype == torch.float32:
+        return 16
+    return _block(channels, 128 if taps == 1 and channels <= 128 else step)
+
+
+def _rowwise(
+    product: Product, dtype: torch.dtype, channels_in: int, channels_out: int, step: int, operands: int
+) -> Schedule:
+    """Of a product that writes a row for each of its rows; `operands` are the activations that a step loads."""
+    block_n = _block(channels_out, 64 if dtype != torch.float32 else 32)
+    block_k = _depth(channels_in, product.taps, dtype, step)
+    config = _config(_rows(product.pixels, dtype), block_n, block_k, dtype, operands)
+    single = product.taps == 1 and channels_in <= block_k
+    blocks = triton.cdiv(channels_out, block_n)
+    return _slabs(config, product.pixels, config.block_m, blocks, product.groups, single)
+
+
 def forward_schedule(product: Product, dtype: torch.dtype) -> Schedule:
     """Of conv_stats."""
-    half = dtype != torch.float32
-    block_n = _block(product.out_channels, 128)
-    block_k = _block(product.channels, 128 if half and product.taps == 1 else 64 if half else 32)
-    block_m = 128 if product.pixels >= 4096 else 64
-    single = product.taps == 1 and product.channels <= block_k
-    config = configs.Product(block_m, block_n, block_k, 3, 8 if block_m * block_n > 8192 else 4)
-    return slabs_of(config, product.pixels, triton.cdiv(product.out_channels, block_n), product.groups, single)
+    return _rowwise(product, dtype, product.channels, product.out_channels, 64, 1)
 
 
-def input_schedule(part: Product, dtype: torch.dtype) -> Schedule:
-    """Of the gradient to the input, or of one phase of it: its rows are input pixels."""
-    half = dtype != torch.float32
-    block_n = _block(part.channels, 128)
-    block_k = _block(part.out_channels, 64 if half else 32)
-    block_m = 128 if part.pixels >= 4096 else 64
-    single = part.taps == 1 and part.out_channels <= block_k
-    config = configs.Product(block_m, block_n, block_k, 3, 8 if block_m * block_n > 8192 else 4)
-    return slabs_of(config, part.pixels, triton.cdiv(part.channels, block_n), part.groups, single)
+def input_schedule(part: Product, dtype: torch.dtype, computed: bool) -> Schedule:
+    """Of the gradient to the input, or of one phase of it: its rows are input pixels.
+
+    Steps are narrower where dY is `computed` from two activations.
+    """
+    return _rowwise(part, dtype, part.out_channels, part.channels, *((32, 2) if computed else (64, 1)))
 
 
 def weight_schedule(product: Product, dtype: torch.dtype) -> Schedule:
-    """Of the gradient to the weight: a block is output channels by input channels at one tap."""
+    """Of the gradient to the weight: (output channels, input channels) at one tap, a step being a tile of pixels."""
     half = dtype != torch.float32
-    block_n, block_k = _block(product.out_channels, 128), _block(product.channels, 128)
-    config = configs.Product(64 if half else 32, block_n, block_k, 3, 8 if block_n * block_k > 8192 else 4)
-    blocks = triton.cdiv(product.out_channels, config.block_n) * triton.cdiv(product.channels, config.block_k)
-    return slabs_of(config, product.pixels, blocks * product.taps, product.groups)
+    block_m, block_n = (_block(size, 128 if half else 64) for size in (product.out_channels, product.channels))
+    config = _config(block_m, block_n, 64 if half else 32, dtype, 2)
+    blocks = triton.cdiv(product.out_channels, block_m) * triton.cdiv(product.channels, block_n)
+    return _slabs(config, product.pixels, config.block_k, blocks * product.taps, product.groups)
