@@ -23,6 +23,8 @@ _TILE_CHANNELS = {torch.float32: 64, torch.bfloat16: 32}
 # The same for the channels of one group, by measurement: sixteen lanes read the channels of all groups that they belong
 # to, so of a depthwise convolution's multiply-adds fifteen in sixteen meet zeros.
 _TILE_GROUP_CHANNELS = {torch.float32: 2, torch.bfloat16: 2}
+# What Triton's products are made for: tensor cores, and float32.
+_TRITON_PRODUCTS = (torch.float16, torch.bfloat16, torch.float32)
 # Up to here train-time folding costs no time, by measurement: see `folds`.
 _FOLD_CHANNELS = 256
 
@@ -131,7 +133,13 @@ def why_not_raw(
     Returns:
         str | None: the reason.
     """
-    if convolving(device, requested) != "native" or device != "cpu":
+    kernels = convolving(device, requested)
+    if kernels == "triton":
+        reason = ops.missing_triton.get(device, "Triton has no kernels for it")
+        if reason is not None:
+            return f"there are no convolution kernels for {device}: {reason}"
+        return None if dtype in _TRITON_PRODUCTS else f"Triton's convolutions have no kernel for {dtype}"
+    if kernels != "native" or device != "cpu":
         return f"there are no convolution kernels for {device}"
     if ops.missing_native["cpu"] is not None:
         return ops.missing_native["cpu"]

@@ -19,8 +19,9 @@ from resfuse.autograd_conv import conv_norm, conv_norm_act
 from resfuse.autograd_folding import expand_norm_act
 from resfuse.autograd_preact import conv_add, norm
 from resfuse.backends import convolving, folds, why_not_raw
+from resfuse.choices import Conv, any_fused
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
-from resfuse.raw import Raw, as_pair
+from resfuse.raw import Raw, as_pair, geometry
 from resfuse.reference import PreactLayer
 
 Layer = tuple[Conv2dParameters, BatchNorm2dParameters]
@@ -52,6 +53,10 @@ def why_not_convs(
             not isinstance(conv.padding, str) and min(as_pair(conv.padding)) < 0
         ):
             return "torch refuses such padding"
+    if backend is None and device != "cpu":
+        shapes = tuple(tuple(Conv.of(conv.weight.shape, *geometry(conv)).as_list()) for conv in convs)
+        if not any_fused(device, dtype, shapes):
+            return "torch's convolutions, and passes around them, are taken to be faster for each of these shapes"
     return None
 
 

@@ -130,7 +130,12 @@ def test_the_rules_for_cuda(monkeypatch, dtype):
     monkeypatch.setitem(ops.missing_native, "cuda", None)
     for unit in backends._UNITS:
         assert backends.choose(unit, "cuda", dtype) == "native"
-    assert "convolution kernels for cuda" in backends.why_not_raw("cuda", dtype)
+    monkeypatch.setitem(ops.missing_triton, "cuda", "Triton is not installed")
+    assert "convolution kernels for cuda: Triton is not" in backends.why_not_raw("cuda", dtype)
+    monkeypatch.setitem(ops.missing_triton, "cuda", None)
+    assert (backends.why_not_raw("cuda", dtype) is None) == (dtype != torch.float64)
+    assert "convolution kernels for cuda" in backends.why_not_raw("cuda", dtype, requested="native")
+    monkeypatch.setitem(ops.missing_triton, "cuda", "Triton is not installed")
     monkeypatch.setitem(ops.missing_native, "cuda", "the CUDA library was not built")
     assert backends.choose("bn_act", "cuda", dtype) == "reference"
     with pytest.raises(RuntimeError, match="'native' does not serve bn_act on cuda: the CUDA library was not built"):

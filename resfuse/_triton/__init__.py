@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from resfuse._triton.add_relu import add_relu, add_relu_backward
-from resfuse._triton.conv_stats import conv_stats
-from resfuse._triton.conv_stats_backward import conv_stats_backward, conv_stats_backward_
+from resfuse._triton.candidates import conv_stats, conv_stats_backward, conv_stats_backward_
 from resfuse._triton.finalize import finalize, finalize_backward
 from resfuse._triton.moments import moments, moments_backward
 from resfuse._triton.pool import scale_shift_relu_maxpool
