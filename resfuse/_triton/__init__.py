@@ -10,6 +10,8 @@ from typing import Any
 
 from resfuse._triton.add_relu import add_relu, add_relu_backward
 from resfuse._triton.candidates import conv_stats, conv_stats_backward, conv_stats_backward_
+from resfuse._triton.conv_act import conv_act
+from resfuse._triton.expand_bn_act_backward import expand_bn_act_backward_input, expand_bn_act_backward_weight
 from resfuse._triton.finalize import finalize, finalize_backward
 from resfuse._triton.moments import moments, moments_backward
 from resfuse._triton.pool import scale_shift_relu_maxpool
@@ -22,6 +24,7 @@ from resfuse._triton.scale_shift_act_backward import (
     scale_shift_relu_maxpool_backward_apply_,
     scale_shift_relu_maxpool_backward_reduce,
 )
+from resfuse._triton.second_moments import second_moments
 
 # What serves the overload `.triton` of each operator; ops.py registers them.
 LAUNCHERS: dict[str, Callable[..., Any]] = {
@@ -46,5 +49,9 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
         conv_stats,
         conv_stats_backward,
         conv_stats_backward_,
+        conv_act,
+        second_moments,
+        expand_bn_act_backward_weight,
+        expand_bn_act_backward_input,
     )
 }

@@ -51,9 +51,12 @@ def _block(size: int, largest: int) -> int:
     return max(16, min(largest, triton.next_power_of_2(size)))
 
 
-def _config(block_m: int, block_n: int, block_k: int, dtype: torch.dtype, operands: int) -> configs.Product:
+def _config(
+    block_m: int, block_n: int, block_k: int, dtype: torch.dtype, operands: int, warps: int | None = None
+) -> configs.Product:
     """A configuration of the most stages that every target has room for."""
-    warps = 8 if block_m == 128 or block_m * block_n == 4096 else 4
+    if warps is None:
+        warps = 8 if block_m == 128 or block_m * block_n == 4096 else 4
     candidates = [configs.Product(block_m, block_n, block_k, stages, warps) for stages in (3, 2, 1)]
     smallest = min(configs.TARGETS.values(), key=lambda target: target.shared_bytes)
     return configs.pruned(candidates, smallest, dtype.itemsize, operands=operands)[0]
@@ -109,3 +112,59 @@ def weight_schedule(product: Product, dtype: torch.dtype) -> Schedule:
     config = _config(block_m, block_n, 64 if half else 32, dtype, 2)
     blocks = triton.cdiv(product.out_channels, block_m) * triton.cdiv(product.channels, block_n)
     return _slabs(config, product.pixels, config.block_k, blocks * product.taps, product.groups)
+
+
+def act_schedule(product: Product, dtype: torch.dtype, *, branch: bool, plain: bool) -> Schedule:
+    """Of conv_act; `plain` where its epilogue has no scale, moments, branch or raw residual.
+
+    A per-channel vector of an epilogue takes a register for every fourth channel: without them tiles may be wider.
+    """
+    half = dtype != torch.float32
+    deep = product.taps == 1 and not branch and product.channels <= 128
+    block_k = _block(product.channels, (128 if deep else 64) if half else 32)
+    single = product.taps == 1 and product.channels <= block_k
+    block_n = _block(product.out_channels, 128 if half and single and plain else 64)
+    config = _config(_rows(product.pixels, dtype), block_n, block_k, dtype, 1, warps=8)
+    blocks = triton.cdiv(product.out_channels, block_n)
+    return _slabs(config, product.pixels, config.block_m, blocks, product.groups, single)
+
+
+# Programs of four warps that sum over pixels: what each one sums is written and read once more.
+_SUMMING_PROGRAMS = 264
+
+
+def _summing(config: configs.Product, pixels: int, blocks: int, programs: int) -> Schedule:
+    """Pixels divided into slabs of `programs` programs each; a step is a tile of block_k pixels."""
+    tiles = triton.cdiv(pixels, config.block_k)
+    wanted = max(1, _SUMMING_PROGRAMS * 4 // (config.warps * programs))
+    return Schedule(config, blocks, tiles, triton.cdiv(tiles, wanted))
+
+
+# A step's column sums take as many registers as it has elements: wide blocks take few pixels at once.
+
+
+def second_moments_schedule(pixels: int, channels: int, dtype: torch.dtype) -> Schedule:
+    """Of second_moments: (channels, channels)."""
+    if dtype == torch.float32:
+        config = _config(64, 64, 32, dtype, 1)
+    else:
+        config = _config(64, 64, 64, dtype, 1) if channels <= 64 else _config(128, 128, 32, dtype, 1)
+    blocks = triton.cdiv(channels, config.block_m)
+    return _summing(config, pixels, blocks, blocks * (blocks + 1) // 2)
+
+
+def expand_weight_schedule(pixels: int, channels: int, out_channels: int, dtype: torch.dtype) -> Schedule:
+    """Of G in the backward of folding: (output channels, channels)."""
+    if dtype == torch.float32:
+        config = _config(64, 64, 32, dtype, 2)
+    else:
+        config = _config(128, 64, 64, dtype, 2) if channels <= 64 else _config(128, 128, 32, dtype, 2)
+    blocks = triton.cdiv(channels, config.block_n)
+    return _summing(config, pixels, blocks, blocks * triton.cdiv(out_channels, config.block_m))
+
+
+def expand_input_schedule(pixels: int, channels: int, dtype: torch.dtype) -> Schedule:
+    """Of the gradient to the input of a folded convolution."""
+    half = dtype != torch.float32
+    config = _config(128, 64, 64, dtype, 1) if half else _config(32, 64, 32, dtype, 1, warps=4)
+    return _slabs(config, pixels, config.block_m, triton.cdiv(channels, config.block_n), 1)

@@ -1,9 +1,10 @@
-"""second_moments in Triton: the mean and covariance of a = act((x - mean)*scale + bias), for channels_last.
+"""second_moments: the mean and covariance of a = act((x - mean)*scale + bias) over the pixels that are read.
 
-The products are those of a - pivot, the pivot being the mean of a over at most 64 pixels spread evenly: an uncentred sum
-in float32 would lose (mean/std)^2 digits. A program sums d^T d of one block of channel pairs over a slab of pixels, in
-float32; slabs are merged in float64. Only blocks on and above the diagonal are computed. x is read once per block row,
-out of L2 but for the first. Source: the identity Cov[a] = E[d d^T] - E[d] E[d]^T, d = a - pivot for any pivot.
+The products are those of d = a - pivot, the pivot being the mean of a over at most 64 pixels spread evenly: an
+uncentred sum in float32 would lose (mean/std)^2 digits. Cov[a] = E[d d^T] - E[d] E[d]^T holds for any pivot. A program
+sums d^T d of one pair of blocks of channels over a slab, in float32; slabs are added in float64. Only pairs on and
+above the diagonal are computed. x is read once for each block of channels, by programs that run side by side: from the
+L2 cache but for the first. The price of slabs is 4*C*C bytes for each, written and read.
 """
 
 from __future__ import annotations
@@ -15,122 +16,108 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse._triton.launch import check_image, check_prologue, precision, slab_of, strided
-from resfuse._triton.pointwise import pixels_read
+from resfuse._triton.gemm import load_activation, product_of, source_pixels, tile_rows
+from resfuse._triton.launch import check_prologue, precision
+from resfuse._triton.schedule import second_moments_schedule
 from resfuse._triton.tiles import dot, finite_or_zero, normalized
 
 _PIVOT_PIXELS = 64
 _PIVOT_CHANNELS = 32
-_MERGED = 32  # rows and columns that a merging program takes
+_MERGED = 32  # channels of either side that a merging program takes
 
 
-@triton.jit
-def _pivot_kernel(
+@triton.jit(do_not_specialize=["pixels", "height", "width"])
+def pivot_kernel(
     x_ptr,
     affine_ptr,
     mean_ptr,
     pivot_ptr,
-    rows,
-    height_out,
-    width_out,
+    pixels,
     height,
     width,
     channels,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
     RELU: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """pivot = the mean of a over PIXELS rows spread evenly, or over all of fewer, in x's dtype; 0 beside an Inf."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    sample = tl.arange(0, PIXELS).to(tl.int64)
-    count = tl.minimum(rows, PIXELS)
-    taken = sample < count
-    pixel = pixels_read(sample * rows // count, height_out, width_out, height, width, STRIDE_H, STRIDE_W)
-    mask = taken[:, None] & inside[None, :]
+    count = tl.minimum(pixels, PIXELS)
+    sample = tl.arange(0, PIXELS)
+    row = (sample.to(tl.int64) * pixels // count).to(tl.int32)
+    above = row // width.rows
+    rows = (above // height.rows, above % height.rows, row % width.rows, sample < count)
+    pixel, valid = source_pixels(rows, 0, 0, height, width)
+    mask = valid[:, None] & inside[None, :]
     x = tl.load(x_ptr + pixel[:, None] * channels + channel[None, :], mask=mask, other=0.0)
     a = normalized(x, affine_ptr, mean_ptr, channel, inside, channels, RELU)
-    pivot = finite_or_zero(tl.sum(tl.where(mask, a, 0.0), 0) / count)
+    pivot = finite_or_zero(tl.sum(tl.where(mask, a, 0.0), 0) / count.to(tl.float32))
     tl.store(pivot_ptr + channel, pivot.to(x.dtype).to(tl.float32), mask=inside)
 
 
 @triton.jit
 def _deviations(
-    x_ptr, pixel, pixel_valid, affine_ptr, mean_ptr, pivot_ptr, channel, channels, RELU: tl.constexpr
+    x_ptr, affine_ptr, mean_ptr, pivot_ptr, pixel, valid, channel, channels, RELU: tl.constexpr
 ):  # fmt: skip
-    """a - pivot of a tile, in x's dtype; 0 outside."""
+    """a - pivot of a tile, in x's dtype; zero outside."""
     inside = channel < channels
-    mask = pixel_valid[:, None] & inside[None, :]
-    x = tl.load(x_ptr + pixel[:, None] * channels + channel[None, :], mask=mask, other=0.0)
-    a = normalized(x, affine_ptr, mean_ptr, channel, inside, channels, RELU).to(x.dtype).to(tl.float32)
+    a = load_activation(x_ptr, affine_ptr, mean_ptr, pixel, valid, channel, inside, channels, RELU)
     pivot = tl.load(pivot_ptr + channel, mask=inside, other=0.0)
-    return tl.where(mask, a - pivot[None, :], 0.0).to(x.dtype)
+    return tl.where(valid[:, None], a.to(tl.float32) - pivot[None, :], 0.0).to(a.dtype)
 
 
-@triton.jit
-def _products_kernel(
-    x_ptr,
-    affine_ptr,
-    mean_ptr,
-    pivot_ptr,
-    products_ptr,  # (slabs, channels, channels), on and above the diagonal's blocks
+@triton.jit(do_not_specialize=["images", "height", "width", "tiles", "slab_tiles", "blocks"])
+def second_moments_kernel(
+    x_ptr,  # (images, source height, source width, channels)
+    affine_ptr,  # (2, channels) or None: bias and scale
+    mean_ptr,  # (channels) or None
+    pivot_ptr,  # (channels)
+    products_ptr,  # (slabs, channels, channels), written where the column's block is not before the row's
     sums_ptr,  # (slabs, channels)
-    rows,
-    slab,
-    height_out,
-    width_out,
+    images,
     height,
     width,
+    tiles,
+    slab_tiles,
     channels,
     blocks,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
     RELU: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    SINGLE: tl.constexpr,  # one block holds all channels
     PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # channels, as BLOCK_N
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # pixels
 ):
-    pair, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, second = pair // blocks, pair % blocks
+    first, second, slab = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
     if first > second:
         return
-    left = first * BLOCK_C + tl.arange(0, BLOCK_C)
-    right = second * BLOCK_C + tl.arange(0, BLOCK_C)
-    products = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
-    sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    end = tl.minimum(rows, (part + 1) * slab)
-    for begin in range(part * slab, end, BLOCK_M):
-        row = begin + tl.arange(0, BLOCK_M)
-        valid = row < end
-        pixel = pixels_read(row, height_out, width_out, height, width, STRIDE_H, STRIDE_W)
-        d = _deviations(x_ptr, pixel, valid, affine_ptr, mean_ptr, pivot_ptr, left, channels, RELU)
+    left = first * BLOCK_M + tl.arange(0, BLOCK_M)
+    right = second * BLOCK_N + tl.arange(0, BLOCK_N)
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    for tile in range(slab * slab_tiles, tl.minimum(slab * slab_tiles + slab_tiles, tiles)):
+        rows = tile_rows(tile, images, height, width, POINTWISE, BLOCK_K)
+        pixel, valid = source_pixels(rows, 0, 0, height, width)
+        d = _deviations(x_ptr, affine_ptr, mean_ptr, pivot_ptr, pixel, valid, left, channels, RELU)
         sums += d.to(tl.float32)
-        if ONE_BLOCK:
+        if SINGLE:
             products = dot(tl.trans(d), d, products, PRECISION)
         else:
-            other = _deviations(x_ptr, pixel, valid, affine_ptr, mean_ptr, pivot_ptr, right, channels, RELU)
-            products = dot(tl.trans(d), other, products, PRECISION)
-    mask = (left < channels)[:, None] & (right < channels)[None, :]
-    at = (part * channels + left[:, None]) * channels + right[None, :]
-    tl.store(products_ptr + at, products, mask=mask)
+            e = _deviations(x_ptr, affine_ptr, mean_ptr, pivot_ptr, pixel, valid, right, channels, RELU)
+            products = dot(tl.trans(d), e, products, PRECISION)
+    at = (slab.to(tl.int64) * channels + left[:, None]) * channels + right[None, :]
+    tl.store(products_ptr + at, products, mask=(left < channels)[:, None] & (right < channels)[None, :])
     if first == second:
-        tl.store(sums_ptr + part * channels + left, tl.sum(sums, 0), mask=left < channels)
+        tl.store(sums_ptr + slab.to(tl.int64) * channels + left, tl.sum(sums, 0), mask=left < channels)
 
 
 @triton.jit
-def _merge_kernel(
-    products_ptr,
-    sums_ptr,
-    pivot_ptr,
-    mean_ptr,
-    covariance_ptr,
-    parts,
-    rows,
-    channels,
-    BLOCK: tl.constexpr,
-):
+def covariance_kernel(
+    products_ptr, sums_ptr, pivot_ptr, mean_ptr, covariance_ptr, slabs, pixels, channels, BLOCK: tl.constexpr
+):  # fmt: skip
+    """E[d d^T] - E[d] E[d]^T of one block on or above the diagonal, and its mirror image; pivot + E[d]."""
     first, second = tl.program_id(0), tl.program_id(1)
     if first > second:
         return
@@ -140,68 +127,45 @@ def _merge_kernel(
     products = tl.zeros((BLOCK, BLOCK), tl.float64)
     left_sums = tl.zeros((BLOCK,), tl.float64)
     right_sums = tl.zeros((BLOCK,), tl.float64)
-    for part in range(0, parts):
-        at = (part * channels + left[:, None]) * channels + right[None, :]
+    for slab in range(0, slabs):
+        at = (slab * channels + left[:, None]) * channels + right[None, :]
         products += tl.load(products_ptr + at, mask=mask, other=0.0).to(tl.float64)
-        left_sums += tl.load(sums_ptr + part * channels + left, mask=left < channels, other=0.0).to(tl.float64)
-        right_sums += tl.load(sums_ptr + part * channels + right, mask=right < channels, other=0.0).to(tl.float64)
-    left_offset, right_offset = left_sums / rows, right_sums / rows
-    covariance = (products / rows - left_offset[:, None] * right_offset[None, :]).to(tl.float32)
+        left_sums += tl.load(sums_ptr + slab * channels + left, mask=left < channels, other=0.0).to(tl.float64)
+        right_sums += tl.load(sums_ptr + slab * channels + right, mask=right < channels, other=0.0).to(tl.float64)
+    left_mean, right_mean = left_sums / pixels, right_sums / pixels
+    covariance = (products / pixels - left_mean[:, None] * right_mean[None, :]).to(tl.float32)
     upper = mask & (left[:, None] <= right[None, :])
     tl.store(covariance_ptr + left[:, None] * channels + right[None, :], covariance, mask=upper)
     tl.store(covariance_ptr + right[None, :] * channels + left[:, None], covariance, mask=upper)
     if first == second:
         pivot = tl.load(pivot_ptr + left, mask=left < channels, other=0.0)
-        tl.store(mean_ptr + left, (pivot + left_offset).to(tl.float32), mask=left < channels)
-
-
-def _block(x: Tensor) -> tuple[int, int, int]:
-    """Pixels and channels of a block, and warps."""
-    channels = min(128 if x.dtype != torch.float32 else 64, max(32, triton.next_power_of_2(x.shape[1])))
-    return (64 if x.dtype != torch.float32 else 32), channels, 8 if channels == 128 else 4
+        tl.store(mean_ptr + left, (pivot + left_mean).to(tl.float32), mask=left < channels)
 
 
 def second_moments(
     x: Tensor, affine: Tensor | None, mean: Tensor | None, relu: bool, stride: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """mean (C,) and biased covariance (C, C) of a over the pixels that a 1x1 convolution of this stride reads."""
-    check_image(x, "x")
-    images, channels, height, width = x.shape
+    channels = x.shape[1]
+    product = product_of(x, x.new_empty(1, channels, 1, 1), stride, (0, 0), (1, 1), 1)
     check_prologue(affine, mean, channels)
-    height_out, width_out = strided(height, stride[0]), strided(width, stride[1])
-    rows = images * height_out * width_out
-    block_m, block_c, warps = _block(x)
-    blocks = triton.cdiv(channels, block_c)
-    slab = slab_of(rows, block_m, blocks * (blocks + 1) // 2)
-    slabs = triton.cdiv(rows, slab)
+    prologue = (affine, mean if affine is not None else None)
+    walked = product.flattened() if product.is_pointwise else product
+    shape = (walked.images, walked.height, walked.width)
+    plan = second_moments_schedule(product.pixels, channels, x.dtype)
     a_mean = torch.empty(channels, dtype=torch.float32, device=x.device)
     pivot, covariance = torch.empty_like(a_mean), a_mean.new_empty(channels, channels)
-    products, sums = a_mean.new_empty(slabs, channels, channels), a_mean.new_empty(slabs, channels)
-    geometry = (height_out, width_out, height, width, channels)
-    options = {"STRIDE_H": stride[0], "STRIDE_W": stride[1], "RELU": relu, "enable_fp_fusion": False}
-    _pivot_kernel[(triton.cdiv(channels, _PIVOT_CHANNELS),)](
-        x, affine, mean, pivot, rows, *geometry, PIXELS=_PIVOT_PIXELS, BLOCK_C=_PIVOT_CHANNELS, **options
-    )
-    _products_kernel[(blocks * blocks, slabs)](
-        x,
-        affine,
-        mean,
-        pivot,
-        products,
-        sums,
-        rows,
-        slab,
-        *geometry,
-        blocks,
-        ONE_BLOCK=blocks == 1,
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        PRECISION=precision(x),
-        num_warps=warps,
-        num_stages=3,
-        **options,
-    )
-    _merge_kernel[(triton.cdiv(channels, _MERGED),) * 2](
-        products, sums, pivot, a_mean, covariance, slabs, rows, channels, BLOCK=_MERGED, enable_fp_fusion=False
-    )
+    products, sums = a_mean.new_empty(plan.slabs, channels, channels), a_mean.new_empty(plan.slabs, channels)
+    pivot_kernel[(triton.cdiv(channels, _PIVOT_CHANNELS),)](
+        x, *prologue, pivot, product.pixels, *shape[1:], channels,
+        RELU=relu, PIXELS=_PIVOT_PIXELS, BLOCK_C=_PIVOT_CHANNELS, enable_fp_fusion=False,
+    )  # fmt: skip
+    second_moments_kernel[plan.blocks**2, plan.slabs](
+        x, *prologue, pivot, products, sums, *shape, plan.tiles, plan.slab_tiles, channels, plan.blocks,
+        RELU=relu, POINTWISE=product.is_pointwise, SINGLE=plan.blocks == 1, PRECISION=precision(x), **plan.options,
+    )  # fmt: skip
+    covariance_kernel[(triton.cdiv(channels, _MERGED),) * 2](
+        products, sums, pivot, a_mean, covariance, plan.slabs, product.pixels, channels,
+        BLOCK=_MERGED, enable_fp_fusion=False,
+    )  # fmt: skip
     return a_mean, covariance
