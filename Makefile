@@ -10,7 +10,7 @@ SETTINGS := CXX=$(COMPILER) RESFUSE_NATIVE=$(NATIVE) RESFUSE_CUDA=$(RESFUSE_CUDA
 # torch before everything else: the build needs it, and no build isolation may fetch another one
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test venv bench benchmark gpu-check lint clean always
+.PHONY: demo test venv bench benchmark gpu-check gate lint clean always
 
 demo: venv
 	$(BIN)/python -m resfuse demo
@@ -33,6 +33,10 @@ benchmark: venv
 # on a machine with an NVIDIA GPU, under a Python that has torch: no environment, no network
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
+
+# every Triton kernel for every target, and the table in docs/triton.md; needs no GPU
+gate: venv
+	PYTHONPATH=tests $(BIN)/python tests/triton_build.py --docs
 
 lint: .venv/lint
 	$(BIN)/ruff check .

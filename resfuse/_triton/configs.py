@@ -70,15 +70,14 @@ def pruned(configs: Iterable[Product], target: Target, itemsize: int, **needs: i
 
 
 # Bytes of one operand that a program of a pass holds: four 16-byte vectors for each thread of four warps. Sums take
-# registers, so where there are some it is half.
-_PASS_BYTES = 8192
+# registers, so beside them it is half, and the windows over a pixel are loads enough.
+PASS_BYTES, REDUCTION_BYTES, POOL_BYTES = 8192, 4096, 2048
 _PASS_CHANNELS = 128
 
 
-def pass_over(pixels: int, channels: int, itemsize: int, *, channels_last: bool, reduces: bool) -> Pass:
+def pass_over(pixels: int, channels: int, itemsize: int, *, channels_last: bool, tile_bytes: int) -> Pass:
     """The tile of a pass: whole rows of channels as far as they go, or a stretch of one channel's pixels."""
-    elements = _PASS_BYTES // itemsize // (2 if reduces else 1)
-    pixels = max(pixels, 1)
+    elements, pixels = tile_bytes // itemsize, max(pixels, 1)
     if not channels_last:
         return Pass(min(elements, triton.next_power_of_2(pixels)), 1, 4)
     width = min(_PASS_CHANNELS, triton.next_power_of_2(channels))

@@ -43,8 +43,10 @@ def _widened(value):
 def _read(pointer, stride, channel, valid, otherwise: tl.constexpr):
     """A vector's values in float64; `otherwise` where there is none."""
     if pointer is None:
-        return tl.full(channel.shape, otherwise, tl.float64)
-    return _widened(tl.load(pointer + channel * stride, mask=valid, other=otherwise))
+        value = tl.full(channel.shape, otherwise, tl.float64)
+    else:
+        value = _widened(tl.load(pointer + channel * stride, mask=valid, other=otherwise))
+    return value
 
 
 @triton.jit

@@ -42,8 +42,8 @@ def moments_kernel(
     part, channel, valid = own_block(channels, BLOCK_C)
     first = part * slab
     end = tl.minimum(first + slab, pixels)
-    at = places(first * 0, channel, channels, plane, CHANNELS_LAST, 1)
-    pivot = pivot_of(tl.load(x_ptr + at, mask=valid[None, :], other=0.0).to(COMPUTE))
+    origin = places(first * 0, channel, channels, plane, CHANNELS_LAST, 1)
+    pivot = pivot_of(tl.load(x_ptr + origin, mask=valid[None, :], other=0.0).to(COMPUTE))
     mean = tl.zeros((BLOCK_M, BLOCK_C), COMPUTE)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), COMPUTE)
     for step in range(0, slab // BLOCK_M):

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse._triton.configs import POOL_BYTES
 from resfuse._triton.tiles import activate
 from resfuse._triton.walk import Walk, own_block, vector, walk_over
 
@@ -57,8 +58,10 @@ def image_and_pixel(begin, plane, BLOCK_M: tl.constexpr):
 def place_in(image, pixel, channel, channels, plane, CHANNELS_LAST: tl.constexpr):
     """Where pixels of images, of planes of this size, have these channels."""
     if CHANNELS_LAST:
-        return (image * plane + pixel)[:, None] * channels + channel[None, :]
-    return (image * channels * plane + pixel)[:, None] + channel[None, :] * plane
+        at = (image * plane + pixel)[:, None] * channels + channel[None, :]
+    else:
+        at = (image * channels * plane + pixel)[:, None] + channel[None, :] * plane
+    return at
 
 
 @triton.jit
@@ -171,7 +174,8 @@ def scale_shift_relu_maxpool(
 
 def walk_with_pool(x: Tensor, like: Tensor, *, reduces: bool = False) -> Walk:
     """The walk over x in the memory order of `like`: of what is dense in both orders, a pool may be in one alone."""
-    return walk_over(x, reduces=reduces)._replace(channels_last=not like.is_contiguous())
+    walk = walk_over(x, reduces=reduces, tile_bytes=POOL_BYTES)
+    return walk._replace(channels_last=not like.is_contiguous())
 
 
 def check_pooled(pooled: Tensor, x: Tensor, window: Window, dtype: torch.dtype, name: str) -> None:

@@ -40,16 +40,21 @@ def preactivation(x, scale, shift, residual, residual_scale, residual_shift):
 @triton.jit
 def load_tile(pointer, at, inside, like):
     """A tile in the dtype of `like`; None where there is no such activation."""
-    if pointer is None:
-        return None
-    return tl.load(pointer + at, mask=inside, other=0.0).to(like.dtype)
+    return None if pointer is None else tl.load(pointer + at, mask=inside, other=0.0).to(like.dtype)
 
 
 @triton.jit
 def optional_vector(pointer, channel, valid):
-    if pointer is None:
-        return None
-    return vector(pointer, channel, valid)
+    return None if pointer is None else vector(pointer, channel, valid)
+
+
+@triton.jit
+def result(x_ptr, residual_ptr, at, inside, scale, shift, residual_scale, residual_shift, RELU: tl.constexpr):
+    """What is stored of a tile."""
+    x = load_tile(x_ptr, at, inside, scale)
+    residual = load_tile(residual_ptr, at, inside, scale)
+    z = preactivation(x, scale, shift, residual, residual_scale, residual_shift)
+    return activate(z, RELU).to(x_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -80,21 +85,18 @@ def scale_shift_act_kernel(
     end = tl.minimum(first + slab, pixels)
     pivot = tl.zeros((1, BLOCK_C), scale.dtype)
     if partial_ptr is not None:
-        at = places(first * 0, channel, channels, plane, CHANNELS_LAST, 1)
-        x = load_tile(x_ptr, at, valid[None, :], scale)
-        residual = load_tile(residual_ptr, at, valid[None, :], scale)
-        z = preactivation(x, scale, shift, residual, residual_scale, residual_shift)
-        pivot = pivot_of(activate(z, RELU).to(out_ptr.dtype.element_ty).to(scale.dtype))
+        origin = places(first * 0, channel, channels, plane, CHANNELS_LAST, 1)
+        first_out = result(
+            x_ptr, residual_ptr, origin, valid[None, :], scale, shift, residual_scale, residual_shift, RELU
+        )
+        pivot = pivot_of(first_out.to(scale.dtype))
     mean = tl.zeros((BLOCK_M, BLOCK_C), scale.dtype)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), scale.dtype)
     for step in range(0, slab // BLOCK_M):
         begin = first + step * BLOCK_M
         inside = (begin + tl.arange(0, BLOCK_M) < end)[:, None] & valid[None, :]
         at = places(begin, channel, channels, plane, CHANNELS_LAST, BLOCK_M)
-        x = load_tile(x_ptr, at, inside, scale)
-        residual = load_tile(residual_ptr, at, inside, scale)
-        z = preactivation(x, scale, shift, residual, residual_scale, residual_shift)
-        out = activate(z, RELU).to(out_ptr.dtype.element_ty)
+        out = result(x_ptr, residual_ptr, at, inside, scale, shift, residual_scale, residual_shift, RELU)
         tl.store(out_ptr + at, out, mask=inside)
         if partial_ptr is not None:
             mean, m2 = add_to_streams(mean, m2, out.to(scale.dtype) - pivot, inside, step)

@@ -47,11 +47,13 @@ def incoming(
 ):
     """grad_out of a tile, or what the windows over it hand back."""
     if indices_ptr is None:
-        return load_tile(grad_ptr, at, inside, like)
-    return gathered(
-        grad_ptr, indices_ptr, begin, channel, inside, channels, plane, width, pooled_height, pooled_width, like,
-        WINDOW, CHANNELS_LAST, BLOCK_M,
-    )  # fmt: skip
+        dz = load_tile(grad_ptr, at, inside, like)
+    else:
+        dz = gathered(
+            grad_ptr, indices_ptr, begin, channel, inside, channels, plane, width, pooled_height, pooled_width, like,
+            WINDOW, CHANNELS_LAST, BLOCK_M,
+        )  # fmt: skip
+    return dz
 
 
 @triton.jit

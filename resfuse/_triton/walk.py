@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse._triton.configs import Pass, pass_over
+from resfuse._triton.configs import PASS_BYTES, REDUCTION_BYTES, Pass, pass_over
 
 _PROGRAMS = 1024  # of a reduction: a few for each of a large GPU's multiprocessors
 
@@ -54,15 +54,16 @@ class Walk(NamedTuple):
         }
 
 
-def walk_over(x: Tensor, *, reduces: bool = False) -> Walk:
+def walk_over(x: Tensor, *, reduces: bool = False, tile_bytes: int | None = None) -> Walk:
     """The walk over x; `reduces`: programs are fewer and keep sums, else each takes one tile."""
+    tile_bytes = tile_bytes or (REDUCTION_BYTES if reduces else PASS_BYTES)
     if x.dim() != 4 or not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         raise RuntimeError(f"resfuse: x must be (N, C, H, W), contiguous or channels_last, got strides {x.stride()}")
     batch, channels, height, width = x.shape
     pixels = batch * height * width
     # what is dense in both orders has one channel, whose pixels lie in a row, or one pixel
     channels_last = not x.is_contiguous() or (channels > 1 and height * width == 1)
-    tile = pass_over(pixels, channels, x.element_size(), channels_last=channels_last, reduces=reduces)
+    tile = pass_over(pixels, channels, x.element_size(), channels_last=channels_last, tile_bytes=tile_bytes)
     tiles = triton.cdiv(pixels, tile.pixels)
     parts = max(1, _PROGRAMS // triton.cdiv(channels, tile.channels)) if reduces else tiles
     slab = tile.pixels * triton.cdiv(tiles, parts) if pixels > 0 else tile.pixels
@@ -98,11 +99,13 @@ def places(begin, channel, channels, plane, CHANNELS_LAST: tl.constexpr, BLOCK_M
     """Where BLOCK_M pixels from `begin` on, counted over all images, have these channels."""
     step = tl.arange(0, BLOCK_M)
     if CHANNELS_LAST:
-        return (begin + step)[:, None] * channels + channel[None, :]
-    # one division of 64 bits for a tile, the others have 32
-    within = (begin % plane).to(tl.int32) + step
-    image = begin // plane + within // plane
-    return (image * channels * plane + within % plane)[:, None] + channel[None, :] * plane
+        at = (begin + step)[:, None] * channels + channel[None, :]
+    else:
+        # one division of 64 bits for a tile, the others have 32
+        within = (begin % plane).to(tl.int32) + step
+        image = begin // plane + within // plane
+        at = (image * channels * plane + within % plane)[:, None] + channel[None, :] * plane
+    return at
 
 
 @triton.jit

@@ -1,0 +1,215 @@
+"""What Triton made of the kernels, without a GPU: each launch of an operator on meta tensors, compiled for a target.
+
+A launch is recorded where it would start and compiled as Triton would compile it there, with the same specialisation.
+Resources and instructions are read from the machine code. As a script this compiles everything that a ResNet-50 asks
+for, for all targets, prints the table, and exits with 1 where the gate refuses a kernel.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from cuda_build import find_disassembler
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from resfuse._triton import LAUNCHERS
+
+TARGETS = (80, 90, 100)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MOST_REGISTERS = 255
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, as its launcher made it."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """A kernel for one target, and what its machine code says."""
+
+    unit: str
+    kernel: str
+    target: int
+    dtype: str
+    warps: int
+    registers: int
+    shared: int  # bytes
+    spilled: int  # bytes of local memory, a stack frame included
+    dots: int  # products in Triton's own code: such kernels are held to the tensor cores and asynchronous copies
+    wide: int  # loads and stores of 128 bits
+    narrow: int
+    instructions: dict[str, int]
+
+
+def launches(call: Callable[[], Any]) -> list[Launch]:
+    """The kernels that a call launches; none of them runs."""
+    found = []
+
+    def record(self, *args, grid, warmup, **options):
+        found.append(Launch(self, args, options))
+
+    with mock.patch.object(JITFunction, "run", record):
+        call()
+    return found
+
+
+def source_of(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton would compile: types, specialised arguments, constants and options."""
+    kernel, backend = launch.kernel, make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.args, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, dict(launch.options), bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constants, attributes), options.__dict__
+
+
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+# what the gate and the table count, by the beginning of an instruction's name
+COUNTED = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "LDGSTS", "UBLKCP", "UTMALDG", "LDG", "STG", "LDL", "STL")
+
+
+def instructions(code: str) -> dict[str, int]:
+    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.M)
+    return {kind: names.count(kind) for kind in COUNTED if kind in names}
+
+
+def widths(code: str) -> tuple[int, int]:
+    """How many loads and stores of global memory take 128 bits, and how many take fewer."""
+    found = re.findall(r"\b(?:LDG|STG)((?:\.\w+)+)", code)
+    wide = sum(".128" in access for access in found)
+    return wide, len(found) - wide
+
+
+def compiled(unit: str, launch: Launch, target: int, dtype: str) -> Compiled:
+    gpu = GPUTarget("cuda", target, 32)
+    source, options = source_of(launch, gpu)
+    result = triton.compile(source, target=gpu, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        said = subprocess.check_output(
+            [find_disassembler(), "--dump-resource-usage", "--dump-sass", file.name], text=True
+        )
+    registers, stack, _, local = map(int, _RESOURCES.search(said).groups())
+    return Compiled(
+        unit, launch.kernel.__name__, target, dtype, result.metadata.num_warps, registers, result.metadata.shared,
+        stack + local, result.asm["ttir"].count("tt.dot "), *widths(said), instructions(said),
+    )  # fmt: skip
+
+
+def activation(dtype, channels=64, size=56, batch=32):
+    return torch.empty(batch, channels, size, size, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def vectors(count, channels=64):
+    return [torch.empty(channels, device="meta") for _ in range(count)]
+
+
+def memory_bound(dtype):
+    """The operators of the memory-bound units: (name, arguments)."""
+    x, v = activation(dtype), vectors(1)[0]
+    parameter = [torch.empty(64, device="meta") for _ in range(4)]
+    counter = torch.empty((), dtype=torch.int64, device="meta")
+    large = activation(dtype, size=112)
+    pooled, indices = activation(dtype), activation(torch.uint8)
+    window = ([3, 3], [2, 2], [1, 1])
+    none = (None,) * 6
+    yield "add_relu", (x, x)
+    yield "add_relu_backward", (x, x)
+    yield "moments", (x,)
+    yield "moments_backward", (v, v, x, v)
+    yield "finalize", (v, v, 100, *parameter, counter, 0.1, 1e-5)
+    yield "finalize_backward", (v, v, v, parameter[0], 1e-5)
+    for residual in ((None, None, None), (x, None, None), (x, v, v)):
+        yield "scale_shift_act", (x, v, v, *residual, True)
+        yield "scale_shift_act_moments", (x, v, v, *residual, True)
+    yield "scale_shift_act_backward_reduce", (x, x, v, v, v, *none[:5], True)
+    yield "scale_shift_act_backward_reduce", (x, x, v, v, v, *none[:4], x, True)
+    yield "scale_shift_act_backward_reduce", (x, x, v, v, v, x, v, v, v, None, True)
+    yield "scale_shift_act_backward_apply", (x, x, v, v, v, v, v, *none, True)
+    yield "scale_shift_act_backward_apply", (x, x, v, v, v, v, v, x, v, v, v, v, v, True)
+    yield "scale_shift_relu_maxpool", (large, v, v, *window)
+    yield "scale_shift_relu_maxpool_backward_reduce", (pooled, indices, large, v, v, v, *window)
+    yield "scale_shift_relu_maxpool_backward_apply", (pooled, indices, large, v, v, v, v, v, *window)
+
+
+# what is compiled: functions of a dtype that give operators with arguments on the meta device
+CASES: list[Callable[[torch.dtype], Any]] = [memory_bound]
+
+
+def build(targets, dtypes) -> list[Compiled]:
+    """Every kernel of every case once for each set of constants and types."""
+    found, seen = [], set()
+    for dtype in dtypes:
+        calls = [call for case in CASES for call in case(DTYPES[dtype])]
+        for name, args in calls:
+            for launch in launches(lambda name=name, args=args: LAUNCHERS[name](*args)):
+                for target in targets:
+                    source, options = source_of(launch, GPUTarget("cuda", target, 32))
+                    key = (source.hash(), str(sorted(options.items())), target)
+                    if key not in seen:
+                        seen.add(key)
+                        found.append(compiled(name, launch, target, dtype))
+    return found
+
+
+def faults(kernels: list[Compiled]) -> list[str]:
+    """What the gate refuses, in words."""
+    wrong = []
+    for k in kernels:
+        where = f"{k.unit}: {k.kernel} in {k.dtype} on sm_{k.target}"
+        if k.spilled:
+            wrong.append(f"{where} spills: {k.spilled} bytes of local memory")
+        if k.registers > MOST_REGISTERS:
+            wrong.append(f"{where} takes {k.registers} registers")
+        if k.dots == 0 or k.dtype == "float32":
+            continue
+        asynchronous = sum(k.instructions.get(name, 0) for name in ("LDGSTS", "UBLKCP", "UTMALDG"))
+        if k.target == 90 and not k.instructions.get("HGMMA"):
+            wrong.append(f"{where} multiplies without HGMMA")
+        if not asynchronous:
+            wrong.append(f"{where} copies nothing asynchronously")
+    return wrong
+
+
+def table(kernels: list[Compiled]) -> str:
+    """A line for each kernel: registers, memory and the instructions that count."""
+    lines = [f"{'operator and kernel':74} {'dtype':9} {'sm':>4} {'warps':>5} {'regs':>4} {'shared':>7} {'spill':>5}"]
+    for k in kernels:
+        counts = " ".join(f"{name}:{count}" for name, count in k.instructions.items())
+        name = f"{k.unit} {k.kernel}"
+        lines.append(
+            f"{name:74} {k.dtype:9} {k.target:4} {k.warps:5} {k.registers:4} {k.shared:7} {k.spilled:5}  {counts}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="all of them by default")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="all of them by default")
+    parser.add_argument("--output", type=Path, help="also write the table into this file")
+    chosen = parser.parse_args()
+    kernels = build(chosen.target or TARGETS, chosen.dtype or DTYPES)
+    print(table(kernels))
+    if chosen.output:
+        chosen.output.write_text(f"Triton {triton.__version__}\n{table(kernels)}\n")
+    sys.exit("\n".join(faults(kernels)) or 0)
+
+
+if __name__ == "__main__":
+    main()
