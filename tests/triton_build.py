@@ -147,8 +147,57 @@ def memory_bound(dtype):
     yield "scale_shift_relu_maxpool_backward_apply", (pooled, indices, large, v, v, v, v, v, *window)
 
 
+_UNIT = ([1, 1], [0, 0], [1, 1], 1)
+
+
+def _prologue(channels):
+    return torch.empty(2, channels, device="meta"), *vectors(1, channels)
+
+
+def _matrix(rows, columns, dtype, *kernel):
+    return torch.empty(rows, columns, *kernel, dtype=dtype, device="meta")
+
+
+def folding(dtype):
+    """Train-time folding of the last convolution of ResNet-50's bottlenecks, and of their projections."""
+    for channels, size, stride in ((64, 56, 1), (128, 28, 2), (256, 14, 2)):
+        wide, narrow = 4 * channels, channels if stride == 1 else 2 * channels
+        x, out = activation(dtype, channels, size), activation(dtype, wide, size)
+        shortcut = activation(dtype, narrow, size * stride)
+        prologue, strides = _prologue(channels), [stride, stride]
+        projection = shortcut, _matrix(wide, narrow, dtype, 1, 1), strides
+        weight, shift = _matrix(wide, channels, dtype, 1, 1), *vectors(1, wide)
+        folded = (x, *prologue, True, weight, None, shift)
+        yield "second_moments", (x, *prologue, True, [1, 1])
+        yield "second_moments", (shortcut, None, None, False, strides)
+        yield "conv_act", (*folded, out, *[None] * 4, [1, 1], True, *_UNIT, False)
+        yield "conv_act", (*folded, out, *_prologue(wide), None, None, [1, 1], True, *_UNIT, True)
+        yield "conv_act", (*folded, None, None, None, *projection, True, *_UNIT, False)
+        yield "expand_bn_act_backward_weight", (out, out, x, *prologue, True)
+        for read, before, strides_of_read in ((x, prologue, [1, 1]), (shortcut, (None, None), strides)):
+            c = read.shape[1]
+            algebra = _matrix(wide, c, dtype), _matrix(c, c, torch.float32), *vectors(1, c)
+            yield "expand_bn_act_backward_input", (out, read, *before, True, *algebra, strides_of_read)
+
+
+def inference(dtype):
+    """Convolutions with a folded normalisation: in, out, kernel, stride, groups, size; the last adds a residual.
+
+    Rows of fewer than 8 channels are too short for asynchronous copies: those of a stem are not among them.
+    """
+    for channels, wide, kernel, stride, groups, size in (
+        (64, 64, 3, 1, 1, 56), (128, 128, 3, 2, 1, 56), (128, 128, 3, 1, 8, 28), (256, 512, 1, 2, 1, 56),
+        (256, 64, 1, 1, 1, 56), (64, 256, 1, 1, 1, 56),
+    ):  # fmt: skip
+        weight = _matrix(wide, channels // groups, torch.float32, kernel, kernel)
+        residual = activation(dtype, wide, size) if wide > channels and stride == 1 else None
+        geometry = [stride] * 2, [kernel // 2] * 2, [1, 1], groups
+        operands = activation(dtype, channels, size), None, None, False, weight, *vectors(2, wide)
+        yield "conv_act", (*operands, residual, *[None] * 4, [1, 1], True, *geometry, False)
+
+
 # what is compiled: functions of a dtype that give operators with arguments on the meta device
-CASES: list[Callable[[torch.dtype], Any]] = [memory_bound]
+CASES: list[Callable[[torch.dtype], Any]] = [memory_bound, folding, inference]
 
 
 def build(targets, dtypes) -> list[Compiled]:
