@@ -9,7 +9,8 @@ from test_tiles import operands
 from resfuse import ops, reference
 
 LAST = torch.channels_last
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+# bfloat16 on a GPU alone: see conftest.py
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 UNIT = ([1, 1], [0, 0], [1, 1], 1)
 # in, out, kernel, stride, padding, dilation, groups, height, width: what differs in the addresses of a tile
 CONVS = {
@@ -122,7 +123,7 @@ def test_a_branch(dtype, channels, stride):
     moments_hold(out, *moments)
 
 
-def test_bad_input_is_named_before_any_launch():
+def test_conv_act_names_bad_input():
     x, taller = (image((2, 4, size, 6), layout="channels_last") for size in (6, 7))
     weight, shift = torch.randn(5, 4, 1, 1), torch.zeros(5)
     residual = image((2, 5, 6, 6), layout="channels_last")

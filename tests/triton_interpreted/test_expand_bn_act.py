@@ -20,7 +20,8 @@ from resfuse import BatchNorm2dParameters, Conv2dParameters, ops, reference
 from resfuse.autograd_folding import expand_norm_act
 from resfuse.raw import Raw
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+# bfloat16 on a GPU alone: see conftest.py
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 kernels = ops.of("triton")
 
 
@@ -215,7 +216,7 @@ def test_the_gradient_to_the_weight_and_its_mask():
     assert torch.equal(copied, grad) and copied.data_ptr() != grad.data_ptr()
 
 
-def test_bad_input_is_named_before_any_launch():
+def test_the_backward_of_folding_names_bad_input():
     x, dz = image((2, 4, 3, 3), layout="channels_last"), image((2, 8, 3, 3), layout="channels_last")
     weight, correction, row = torch.zeros(8, 4), torch.zeros(4, 4), torch.zeros(4)
     for given, error, message in (
