@@ -93,9 +93,11 @@ def pool_kernel(
     left = pixel % pooled_width * WINDOW[3] - WINDOW[5]
     most = tl.full((BLOCK_M, BLOCK_C), float("-inf"), scale.dtype)
     selected = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
-    for row in range(WINDOW[0]):
+    HEIGHT: tl.constexpr = WINDOW[0]
+    WIDTH: tl.constexpr = WINDOW[1]
+    for row in range(HEIGHT):
         y = top + row
-        for tap in tl.static_range(WINDOW[1]):
+        for tap in tl.static_range(WIDTH):
             x = left + tap
             seen = inside & ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]
             at = place_in(image, y * width + x, channel, channels, height * width, CHANNELS_LAST)
@@ -103,7 +105,7 @@ def pool_kernel(
             z = activate(value.to(scale.dtype) * scale + shift, True).to(value.dtype).to(scale.dtype)
             wins = seen & ((z > most) | (z != z))
             most = tl.where(wins, z, most)
-            selected = tl.where(wins, row * WINDOW[1] + tap, selected)
+            selected = tl.where(wins, row * WIDTH + tap, selected)
     at = place_in(image, pixel, channel, channels, plane, CHANNELS_LAST)
     tl.store(out_ptr + at, most.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(indices_ptr + at, selected.to(tl.uint8), mask=inside)
@@ -139,10 +141,12 @@ def gathered(
     top = first_covering(y, WINDOW[0], WINDOW[2], WINDOW[4])
     left = first_covering(x, WINDOW[1], WINDOW[3], WINDOW[5])
     total = tl.zeros(inside.shape, like.dtype)
-    for v in tl.static_range((WINDOW[0] + WINDOW[2] - 1) // WINDOW[2]):
+    ROWS: tl.constexpr = (WINDOW[0] + WINDOW[2] - 1) // WINDOW[2]  # windows that may cover a pixel
+    COLUMNS: tl.constexpr = (WINDOW[1] + WINDOW[3] - 1) // WINDOW[3]
+    for v in tl.static_range(ROWS):
         row = top + v
         begins_at = row * WINDOW[2] - WINDOW[4]
-        for h in tl.static_range((WINDOW[1] + WINDOW[3] - 1) // WINDOW[3]):
+        for h in tl.static_range(COLUMNS):
             column = left + h
             starts_at = column * WINDOW[3] - WINDOW[5]
             covers = (row < pooled_height) & (begins_at <= y) & (column < pooled_width) & (starts_at <= x)

@@ -27,33 +27,52 @@ from resfuse._triton.walk import (
 
 
 @triton.jit
-def preactivation(x, scale, shift, residual, residual_scale, residual_shift):
-    """x*scale + shift + r, rounded after each step: backward computes the same bits again for its mask."""
+def preactivation(x, scale, shift, residual, residual_scale, residual_shift, RESIDUAL: tl.constexpr):
+    """x*scale + shift + r, rounded after each step: backward computes the same bits again for its mask.
+
+    RESIDUAL is 0 where there is none, 1 for a residual that is added as it is, 2 for a raw one.
+    """
     z = x * scale + shift
-    if residual is not None:
-        if residual_scale is not None:
-            residual = residual * residual_scale + residual_shift
+    if RESIDUAL == 1:
         z = z + residual
+    if RESIDUAL == 2:
+        z = z + (residual * residual_scale + residual_shift)
     return z
 
 
 @triton.jit
-def load_tile(pointer, at, inside, like):
-    """A tile in the dtype of `like`; None where there is no such activation."""
-    return None if pointer is None else tl.load(pointer + at, mask=inside, other=0.0).to(like.dtype)
+def load_tile(pointer, at, inside, otherwise):
+    """A tile in the dtype of `otherwise`, which stands for it where there is no such activation."""
+    if pointer is not None:
+        otherwise = tl.load(pointer + at, mask=inside, other=0.0).to(otherwise.dtype)
+    return otherwise
 
 
 @triton.jit
-def optional_vector(pointer, channel, valid):
-    return None if pointer is None else vector(pointer, channel, valid)
+def optional_vector(pointer, channel, valid, otherwise):
+    """A per-channel vector, or what stands for it where there is none."""
+    if pointer is not None:
+        otherwise = vector(pointer, channel, valid)
+    return otherwise
 
 
 @triton.jit
-def result(x_ptr, residual_ptr, at, inside, scale, shift, residual_scale, residual_shift, RELU: tl.constexpr):
+def result(
+    x_ptr,
+    residual_ptr,
+    at,
+    inside,
+    scale,
+    shift,
+    residual_scale,
+    residual_shift,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+):
     """What is stored of a tile."""
     x = load_tile(x_ptr, at, inside, scale)
     residual = load_tile(residual_ptr, at, inside, scale)
-    z = preactivation(x, scale, shift, residual, residual_scale, residual_shift)
+    z = preactivation(x, scale, shift, residual, residual_scale, residual_shift, RESIDUAL)
     return activate(z, RELU).to(x_ptr.dtype.element_ty)
 
 
@@ -79,15 +98,16 @@ def scale_shift_act_kernel(
     part, channel, valid = own_block(channels, BLOCK_C)
     scale = vector(scale_ptr, channel, valid)
     shift = vector(shift_ptr, channel, valid)
-    residual_scale = optional_vector(residual_scale_ptr, channel, valid)
-    residual_shift = optional_vector(residual_shift_ptr, channel, valid)
+    residual_scale = optional_vector(residual_scale_ptr, channel, valid, scale)
+    residual_shift = optional_vector(residual_shift_ptr, channel, valid, shift)
+    RESIDUAL: tl.constexpr = (residual_ptr is not None) + (residual_scale_ptr is not None)
     first = part * slab
     end = tl.minimum(first + slab, pixels)
     pivot = tl.zeros((1, BLOCK_C), scale.dtype)
     if partial_ptr is not None:
         origin = places(first * 0, channel, channels, plane, CHANNELS_LAST, 1)
         first_out = result(
-            x_ptr, residual_ptr, origin, valid[None, :], scale, shift, residual_scale, residual_shift, RELU
+            x_ptr, residual_ptr, origin, valid[None, :], scale, shift, residual_scale, residual_shift, RESIDUAL, RELU
         )
         pivot = pivot_of(first_out.to(scale.dtype))
     mean = tl.zeros((BLOCK_M, BLOCK_C), scale.dtype)
@@ -96,7 +116,7 @@ def scale_shift_act_kernel(
         begin = first + step * BLOCK_M
         inside = (begin + tl.arange(0, BLOCK_M) < end)[:, None] & valid[None, :]
         at = places(begin, channel, channels, plane, CHANNELS_LAST, BLOCK_M)
-        out = result(x_ptr, residual_ptr, at, inside, scale, shift, residual_scale, residual_shift, RELU)
+        out = result(x_ptr, residual_ptr, at, inside, scale, shift, residual_scale, residual_shift, RESIDUAL, RELU)
         tl.store(out_ptr + at, out, mask=inside)
         if partial_ptr is not None:
             mean, m2 = add_to_streams(mean, m2, out.to(scale.dtype) - pivot, inside, step)

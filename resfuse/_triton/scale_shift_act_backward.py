@@ -88,9 +88,10 @@ def reduce_kernel(
     scale = vector(scale_ptr, channel, valid)
     shift = vector(shift_ptr, channel, valid)
     mean = vector(mean_ptr, channel, valid)
-    raw_scale = optional_vector(raw_scale_ptr, channel, valid)
-    raw_shift = optional_vector(raw_shift_ptr, channel, valid)
-    raw_mean = optional_vector(raw_mean_ptr, channel, valid)
+    raw_scale = optional_vector(raw_scale_ptr, channel, valid, scale)
+    raw_shift = optional_vector(raw_shift_ptr, channel, valid, shift)
+    raw_mean = optional_vector(raw_mean_ptr, channel, valid, mean)
+    RESIDUAL: tl.constexpr = 0 if raw_ptr is None else 2
     first = part * slab
     end = tl.minimum(first + slab, pixels)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), scale.dtype)
@@ -110,7 +111,7 @@ def reduce_kernel(
             dz = active_gradient(dz, load_tile(out_ptr, at, inside, scale), True)
             tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         else:
-            dz = active_gradient(dz, preactivation(x, scale, shift, raw, raw_scale, raw_shift), RELU)
+            dz = active_gradient(dz, preactivation(x, scale, shift, raw, raw_scale, raw_shift, RESIDUAL), RELU)
         # what lies outside has a gradient of 0, and 0*(0 - mean) may be NaN
         sum_dz += dz
         sum_x += tl.where(inside, dz * (x - mean), 0.0)
@@ -170,9 +171,10 @@ def apply_kernel(
     scale = vector(scale_ptr, channel, valid)
     shift = vector(shift_ptr, channel, valid)
     mean = vector(mean_ptr, channel, valid)
-    raw_scale = optional_vector(raw_scale_ptr, channel, valid)
-    raw_shift = optional_vector(raw_shift_ptr, channel, valid)
-    raw_mean = optional_vector(raw_mean_ptr, channel, valid)
+    raw_scale = optional_vector(raw_scale_ptr, channel, valid, scale)
+    raw_shift = optional_vector(raw_shift_ptr, channel, valid, shift)
+    raw_mean = optional_vector(raw_mean_ptr, channel, valid, mean)
+    RESIDUAL: tl.constexpr = 0 if raw_ptr is None else 2
     begin = part * slab
     inside = (begin + tl.arange(0, BLOCK_M) < pixels)[:, None] & valid[None, :]
     at = places(begin, channel, channels, plane, CHANNELS_LAST, BLOCK_M)
@@ -182,7 +184,7 @@ def apply_kernel(
     )  # fmt: skip
     x = load_tile(x_ptr, at, inside, scale)
     raw = load_tile(raw_ptr, at, inside, scale)
-    dz = active_gradient(dz, preactivation(x, scale, shift, raw, raw_scale, raw_shift), RELU)
+    dz = active_gradient(dz, preactivation(x, scale, shift, raw, raw_scale, raw_shift, RESIDUAL), RELU)
     grad = gradient_through(dz, x, scale, mean, grad_mean_ptr, grad_var_ptr, channel, valid, pixels)
     tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if raw_ptr is not None:
