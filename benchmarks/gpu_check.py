@@ -92,11 +92,16 @@ def plan(architecture: str, results: Path) -> list[Stage]:
     nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
     if "CUDA_HOME" not in os.environ and nvcc.is_file():
         build["CUDA_HOME"] = str(nvcc.parents[1])
-    files = ["tests/test_build.py", *sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("tests/test_gpu*.py"))]
-    tests = [python, "-m", "pytest", *files, "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20"]
-    tests += ["--continue-on-collection-errors"]  # a test module may need a package that is missing here
-    tests += ["-n", str(min(8, (os.cpu_count() or 2) // 2))] if has("xdist") else []
+    files = sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("tests/test_gpu*.py"))
+    of_triton = [file for file in files if "triton" in file]
+    files = ["tests/test_build.py", *(file for file in files if file not in of_triton)]
+    options = ["-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20"]
+    options += ["--continue-on-collection-errors"]  # a test module may need a package that is missing here
+    options += ["-n", str(min(8, (os.cpu_count() or 2) // 2))] if has("xdist") else []
+    tests = [python, "-m", "pytest", *files, *options]
+    triton_tests = [python, "-m", "pytest", *of_triton, *options]
     no_pytest = None if has("pytest") else "pytest is not installed"
+    no_triton = no_pytest or (None if has("triton") else "Triton is not installed")
     # the sanitizer sees the end of an allocation only where torch does not share one among tensors
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     memory, race = sanitizer("memcheck"), sanitizer("racecheck")
@@ -105,12 +110,13 @@ def plan(architecture: str, results: Path) -> list[Stage]:
     models = [python, "benchmarks/bench_gpu.py", *output]
     order = ["eager", "fused", "eager-graph", "fused-graph", "compile", "compile-graph", "fused-compile-graph"]
     return [
-        Stage("build", [python, "setup.py", "build_ext", "--inplace"], 130, environment=build),
-        Stage("tests", tests, 110, no_pytest, "build", {"OMP_NUM_THREADS": "1"}),
-        Stage("memcheck", memory, 40, no_sanitizer, "build", exact),
-        Stage("racecheck", race, 40, no_sanitizer, "build", exact),
-        Stage("units", [*units, "--rounds", "5", *output], 50, None, "build"),
-        Stage("batch 256", [*models, "--batch", "256", "--rounds", "10", "--variants", *order], 110, None, "build"),
+        Stage("build", [python, "setup.py", "build_ext", "--inplace"], 120, environment=build),
+        Stage("tests", tests, 90, no_pytest, "build", {"OMP_NUM_THREADS": "1"}),
+        Stage("triton", triton_tests, 80, no_triton, "build", {"OMP_NUM_THREADS": "1"}),
+        Stage("memcheck", memory, 30, no_sanitizer, "build", exact),
+        Stage("racecheck", race, 30, no_sanitizer, "build", exact),
+        Stage("units", [*units, "--rounds", "5", *output], 40, None, "build"),
+        Stage("batch 256", [*models, "--batch", "256", "--rounds", "10", "--variants", *order], 100, None, "build"),
         Stage("batch 16", [*models, "--batch", "16", "--rounds", "30", "--variants", *order[:4]], 40, None, "build"),
     ]
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from resfuse import backends
+from resfuse import backends, ops
 
 # these run in a process of their own: test_triton_interpreted.py
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton_interpreted"]
@@ -51,16 +51,38 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def on_gpu():
-    """Tensors are made on the GPU, and stock computes there as exactly as it can, without TF32."""
-    reason = backends.missing("bn_act", "native", "cuda", torch.float32)
+def _device_of_a_gpu(backend):
+    reason = backends.missing("bn_act", backend, "cuda", torch.float32)
     if reason is not None:
-        pytest.skip(f"needs the CUDA library: {reason}")
+        pytest.skip(f"needs {backend} kernels for CUDA: {reason}")
     torch.set_default_device("cuda")
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield
     torch.set_default_device(None)
+
+
+@pytest.fixture(scope="module")
+def on_gpu():
+    """Tensors are made on the GPU, and stock computes there as exactly as it can, without TF32."""
+    yield from _device_of_a_gpu("native")
+
+
+@pytest.fixture(scope="module")
+def on_gpu_with_triton():
+    """The same for Triton's kernels."""
+    yield from _device_of_a_gpu("triton")
+
+
+@pytest.fixture
+def native_is_triton(monkeypatch):
+    """The tests of the native kernels run on Triton's: what asks for "native" is given the overloads `.triton`."""
+    from resfuse._triton import LAUNCHERS
+
+    triton = ops.of("triton")
+    monkeypatch.setitem(ops._overloads, "native", triton)
+    monkeypatch.setitem(ops.missing_native, "cuda", ops.missing_triton["cuda"])
+    for name in LAUNCHERS:
+        monkeypatch.setattr(ops, name, getattr(triton, name))
 
 
 def pytest_runtest_setup(item):

@@ -63,7 +63,7 @@ def test_a_dry_run_runs_nothing(gpu_check, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path))
     assert gpu_check.main(["--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert said.count("\n") == 7 and "bench_gpu.py" in said
+    assert said.count("\n") == 8 and "bench_gpu.py" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -1,12 +1,8 @@
-"""What the interpreter's tests share: the CPU tests' own functions on Triton's kernels, without bfloat16."""
+"""What the interpreter's tests leave out: bfloat16, which it does not compute as a GPU does."""
 
 from pathlib import Path
 
-import pytest
 import torch
-
-from resfuse import ops
-from resfuse._triton import LAUNCHERS
 
 HERE = Path(__file__).parent
 
@@ -20,12 +16,3 @@ def pytest_collection_modifyitems(config, items):
             dropped.append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]
-
-
-@pytest.fixture
-def native_is_triton(monkeypatch):
-    """The tests of the C++ kernels run on Triton's: what asks for "native" is given the overloads `.triton`."""
-    triton = ops.of("triton")
-    monkeypatch.setitem(ops._overloads, "native", triton)
-    for name in LAUNCHERS:
-        monkeypatch.setattr(ops, name, getattr(triton, name))
