@@ -35,6 +35,13 @@ def case_of(case):
     return case(triton_build.DTYPES["bfloat16"])
 
 
+def test_the_page_has_every_kernel(kernels):
+    """`make gate` writes it."""
+    page = triton_build.PAGE.read_text()
+    missing = {k.kernel for k in kernels if f"| {k.kernel} | sm_{k.target} |" not in page}
+    assert not missing, "run `make gate`"
+
+
 def test_passes_are_vectors_of_128_bits(kernels):
     """A pass over channels_last memory loads each activation in the widest accesses there are."""
     passes = {"add_relu_kernel", "moments_kernel", "scale_shift_act_kernel", "reduce_kernel", "apply_kernel"}

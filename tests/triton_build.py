@@ -79,7 +79,8 @@ def source_of(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, A
 
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # what the gate and the table count, by the beginning of an instruction's name
-COUNTED = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "LDGSTS", "UBLKCP", "UTMALDG", "LDG", "STG", "LDL", "STL")
+TENSOR_CORES = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA")
+COUNTED = (*TENSOR_CORES, "LDGSTS", "UBLKCP", "UTMALDG", "LDG", "STG", "LDL", "STL")
 
 
 def instructions(code: str) -> dict[str, int]:
@@ -247,16 +248,42 @@ def table(kernels: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "triton.md"
+START, END = "<!-- gate:start -->", "<!-- gate:end -->"
+
+
+def summary(kernels: list[Compiled]) -> str:
+    """The page's table: for each kernel and target the most of its forms and dtypes, and the products' instructions."""
+    lines = [
+        "| kernel | target | forms | registers | shared bytes | spilled | tensor core instructions |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    groups: dict[tuple[str, int], list[Compiled]] = {}
+    for k in kernels:
+        groups.setdefault((k.kernel, k.target), []).append(k)
+    for (name, target), forms in sorted(groups.items()):
+        used = sorted({n for k in forms for n in k.instructions if n in TENSOR_CORES})
+        most = (max(getattr(k, field) for k in forms) for field in ("registers", "shared", "spilled"))
+        lines.append(f"| {name} | sm_{target} | {len(forms)} | {' | '.join(map(str, most))} | {', '.join(used)} |")
+    dtypes = ", ".join(dict.fromkeys(k.dtype for k in kernels))
+    return "\n".join([*lines, "", f"Compiled by Triton {triton.__version__} for {dtypes}; none of it ran.", ""])
+
+
+def write_page(kernels: list[Compiled]) -> None:
+    before, _, rest = PAGE.read_text().partition(START)
+    PAGE.write_text(f"{before}{START}\n{summary(kernels)}{END}{rest.partition(END)[2]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="all of them by default")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="all of them by default")
-    parser.add_argument("--output", type=Path, help="also write the table into this file")
+    parser.add_argument("--docs", action="store_true", help="also write the table of docs/triton.md")
     chosen = parser.parse_args()
     kernels = build(chosen.target or TARGETS, chosen.dtype or DTYPES)
     print(table(kernels))
-    if chosen.output:
-        chosen.output.write_text(f"Triton {triton.__version__}\n{table(kernels)}\n")
+    if chosen.docs:
+        write_page(kernels)
     sys.exit("\n".join(faults(kernels)) or 0)
 
 
