@@ -94,6 +94,6 @@ def conv_bn_relu_maxpool(
     _checks.check_window_fits(window, shape)
     _checks.check_batch_norm(bn, shape, x.device)
     if bn.training and raw_chain.why_not(x, [conv], backend) is None:
-        y, moments = raw_chain.conv_stats(x, conv, None)  # keeps y for its own backward
+        y, moments = raw_chain.conv_stats(x, conv, None, backend)  # keeps y for its own backward
         return _bn_relu_maxpool(y, bn, window, backend, moments, owned=False)
     return _bn_relu_maxpool(convolve(x, conv), bn, window, backend, None, owned=True)
