@@ -165,8 +165,11 @@ def test_explain_says_who_convolves_and_fuse_takes_folding():
 @pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
 def test_explain_counts_the_stretches_of_a_long_block(monkeypatch):
     monkeypatch.setattr(backends, "_TILE_CHANNELS", dict.fromkeys(ops.tile_dtypes, 64))
-    (block,) = resfuse.explain(resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1)))).blocks
-    assert block.convolutions.startswith("tiles; torch in 1 of 2 stretches: ") and "below 64" in block.convolutions
+    model = resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1)))
+    for training, count in ((True, 7), (False, 2)):  # what ends in a pool is a stretch of its own, in training
+        (block,) = resfuse.explain(model.train(training)).blocks
+        assert block.convolutions.startswith(f"tiles; torch in 1 of {count} stretches: ")
+        assert "below 64" in block.convolutions
     (block,) = resfuse.explain(resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1), (8, 8, 8, 8, 8)))).blocks
     assert block.convolutions.startswith("torch: ")
     assert not {b.convolutions for b in resfuse.explain(resfuse.fuse(models.CifarResNet(8))).blocks if not b.name} - {
