@@ -100,7 +100,7 @@ def test_doctor_fails_without_native_kernels_only_where_it_is_asked_to(monkeypat
         (["profile", "resnet18", "--mode", "trainig"], "'trainig'; nearest: training"),
         (["bench", "unit", "momets"], "'momets'; nearest: moments"),
         (["bench", "unit", "--dtype", "float31"], "'float31'; nearest: float32"),
-        (["bench", "unit", "--shape", "16x64x56"], "must be four positive numbers NxCxHxW, as 16x64x56x56, got"),
+        (["bench", "unit", "--shape", "16x64x56"], "four positive numbers NxCxHxW, as 16x64x56x56, got '16x64x56'"),
         (["bench", "unit", "--batch", "1", "--size", "32"], "more than 1 value per channel"),
         (["bench", "unit", "--peer", "apx"], "'apx'; nearest: apex"),
         (["bench", "model", "resnet18", "--peer", "openvin"], "'openvin'; nearest: openvino"),

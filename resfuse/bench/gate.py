@@ -7,8 +7,9 @@ from typing import Any
 
 from resfuse.bench.timing import Samples, interleave
 
-# a library that we are compared with rounds as it likes, also in bfloat16, but must compute the same function
-PEER_BOUND = 0.05
+# Whoever we are compared with rounds as he likes, but must compute the same function. In bfloat16 gradients over a few
+# pixels, where a ReLU near zero decides, are off by a tenth; another function's results are off by all of themselves.
+PEER_BOUND = 0.3
 
 
 class RefusedError(SystemExit):

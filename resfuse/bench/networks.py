@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 
 from resfuse.bench import parity, peers
-from resfuse.bench.gate import Gate
+from resfuse.bench.gate import PEER_BOUND, Gate
 from resfuse.bench.records import Record
 from resfuse.bench.timing import Samples, compare, milliseconds
 from resfuse.bench.units import speed_up
 from resfuse.bench.worker import SHOWN, Worker
 from resfuse.bench.workload import Task, batch_of, build
 
-# relative L2 of outputs against float32: bfloat16 of a deep random network comes to a few percent, another network to 1
-NETWORK_BOUND = 0.3
 WARMUP = 3
 Tick = Callable[[float], object]
 
@@ -146,7 +144,7 @@ def _checked(base: Task, workers: dict[str, Worker]) -> Gate:
     """A gate that all workers have passed with their outputs."""
     gate, exact = Gate(f"{base.model} {base.mode} {base.dtype}"), exact_outputs(base)
     for name, worker in workers.items():
-        gate.check(name, parity.relative_l2(worker.outputs(), exact), NETWORK_BOUND, "outputs")
+        gate.check(name, parity.relative_l2(worker.outputs(), exact), PEER_BOUND, "outputs")
     return gate
 
 
