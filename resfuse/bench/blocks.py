@@ -64,8 +64,9 @@ def distinct_blocks(model: str, input_shape: tuple[int, ...]) -> list[Block]:
     Those that read or give more than one tensor, as DenseNet's layers, are left out, and so is the network itself,
     whose fused part is its stem.
     """
-    fused = fuse(stock(model))
-    names = {block.name for block in explain(fused).blocks if block.fused and block.name}
+    with torch.device("meta"):
+        blocks = explain(fuse(stock(model))).blocks
+    names = {block.name for block in blocks if block.fused and block.name}
     found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
 
     def hook_of(name: str, layers: str) -> Callable[..., None]:

@@ -100,8 +100,7 @@ def measure(
     """Time one cell, all variants in turn, or take its memory; the record without its environment.
 
     Args:
-        cell (Cell), dtype (str), variants (Sequence[str]), rounds (int), device (str), parts (bool): as in
-            :class:`Plan`.
+        cell, dtype, variants, rounds, device, parts: as in :class:`Plan`.
         threads (int): of each process; 0 leaves torch's choice.
         tick (Callable[[float], object]): told the share of the work done since it was called last.
 
@@ -120,17 +119,16 @@ def measure(
         if cell.mode == "memory":
             return {**record, "variants": _memory(workers, tick), "ratios": {}}
         gate = _checked(base, workers)
-        extra = _parts(base, names, processes) if parts and cell.mode == "training" else {}
-        for name in extra:
-            gate.exempt(name)
+        extra = _parts(base, names, processes, gate) if parts and cell.mode == "training" else {}
         samples = _sampled(gate, {**workers, **extra}, rounds, tick)
         found = {name: {**milliseconds(samples[name]), "error": gate.errors[name]} for name in workers}
         for name, row in found.items():
             row["images_per_s"] = round(1e3 * cell.batch / row["median_ms"], 2)
             row |= workers[name].memory()
-    times = {name: milliseconds(samples[name]) for name in extra}
-    more = {"parts": times, "outside_ms": outside(samples)} if extra else {}
-    return {**record, "variants": found, "ratios": ratios(samples, list(workers)), **more}
+    record |= {"variants": found, "ratios": ratios(samples, list(workers))}
+    if extra:
+        record |= {"parts": {n: milliseconds(samples[n]) for n in extra}, "outside_ms": outside(samples)}
+    return record
 
 
 def _memory(workers: dict[str, Worker], tick: Tick) -> dict[str, Any]:
@@ -154,12 +152,14 @@ def _sampled(gate: Gate, workers: dict[str, Worker], rounds: int, tick: Tick) ->
     return gate.interleave(workers, rounds=rounds, warmup=WARMUP, tick=lambda: tick(share), before=before)
 
 
-def _parts(base: Task, names: Sequence[str], processes: contextlib.ExitStack) -> dict[str, Worker]:
+def _parts(base: Task, names: Sequence[str], processes: contextlib.ExitStack, gate: Gate) -> dict[str, Worker]:
     """What is subtracted from a training step: for eager and fused the bare convolutions, and the optimizer."""
     split = [name for name in names if name in ("eager", "fused")]
     tasks = {f"{name} convolutions": base._replace(variant=name, mode="convolutions") for name in split}
     if tasks:
         tasks["optimizer"] = base._replace(mode="optimizer")
+    for name in tasks:
+        gate.exempt(name)
     return {name: processes.enter_context(Worker(task)) for name, task in tasks.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from resfuse.bench import blocks, networks, peers, scaling, unit_peers, units
 from resfuse.bench.environment import describe, environment
-from resfuse.bench.gate import RefusedError
 from resfuse.bench.networks import Cell
 from resfuse.bench.records import Record, append
 from resfuse.bench.workload import MODES
@@ -192,7 +191,24 @@ def _measure(
     page = import_or_stop("resfuse.bench.html", "a report page", "report") if html else None
     say(describe(where), "dim")
     measured: list[Record] = []
-    ended: Any = None
+    ended = _collect(rows, count, text, output, measured)
+    if page is not None and html is not None and measured:
+        page.write_html(measured, html)
+        say(f"Written: {html}")
+    say(f"{len(measured)} of {count} rows are in {output}" if measured else "nothing was measured")
+    if ended is not None:
+        raise stop(*ended)
+    return measured
+
+
+def _collect(
+    rows: Callable[[networks.Tick], Iterator[Record]],
+    count: int,
+    text: Callable[[Record], list[str]],
+    output: Path,
+    measured: list[Record],
+) -> tuple[object, int] | None:
+    """Put each row into the file and into `measured`, under a progress bar; what ended it early, and its exit code."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("measuring", total=count)
@@ -204,15 +220,9 @@ def _measure(
                 for line in text(record):
                     progress.console.print(escape(line), highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
-            ended = ("interrupted", INTERRUPTED)
-        except (RefusedError, SystemExit, RuntimeError) as error:
-            ended = (error, WRONG)
+            return "interrupted", INTERRUPTED
+        except (SystemExit, RuntimeError) as error:  # a result was refused, or a process ended
+            return error, WRONG
         except OSError as error:
-            ended = (f"cannot write {output}: {error.strerror}", WRONG)
-    if page is not None and html is not None and measured:
-        page.write_html(measured, html)
-        say(f"Written: {html}")
-    say(f"{len(measured)} of {count} rows are in {output}" if measured else "nothing was measured")
-    if ended is not None:
-        raise stop(*ended)
-    return measured
+            return f"cannot write {output}: {error.strerror}", WRONG
+    return None
