@@ -197,23 +197,66 @@ def inference(dtype):
         yield "conv_act", (*operands, residual, *[None] * 4, [1, 1], True, *geometry, False)
 
 
+# (channels, out channels, kernel, stride, size of the map, groups) of convolutions: one step, many, phases of a stride
+CONVOLUTIONS = ((64, 64, 1, 1, 56, 1), (256, 64, 1, 1, 56, 1))
+MORE_CONVOLUTIONS = (
+    (128, 512, 1, 1, 28, 1), (256, 512, 1, 2, 56, 1), (64, 64, 3, 1, 56, 1), (128, 128, 3, 2, 56, 1),
+)  # fmt: skip
+# groups, and the stem, whose few channels fill no tile and are read one by one: the composition is chosen for them
+NARROW = ((128, 128, 3, 1, 28, 32), (3, 64, 7, 2, 224, 1))
+
+
+def convolutions(dtype, shapes=CONVOLUTIONS):
+    """conv_stats and its backward, with a prologue and without, with every way that dY is formed."""
+    for channels, out, kernel, stride, size, groups in shapes:
+        x = activation(dtype, channels, size)
+        weight = torch.empty(out, channels // groups, kernel, kernel, device="meta")
+        padding = kernel // 2
+        y = activation(dtype, out, (size + 2 * padding - kernel) // stride + 1)
+        pairs = [stride] * 2, [padding] * 2, [1, 1], groups
+        affine, (mean,) = torch.empty(2, channels, device="meta"), vectors(1, channels)
+        y_affine, moments = torch.empty(2, out, device="meta"), vectors(3, out)
+        reads = (x, None, None, weight, False) if channels == 3 else (x, affine, mean, weight, True)
+        yield "conv_stats", (*reads, *pairs, True)
+        yield "conv_stats", (x, None, None, weight, False, *pairs, False)
+        if channels == 3:
+            yield "conv_stats_backward", (y, y, None, *moments, False, *reads, *pairs, None, False, True)
+            continue
+        yield "conv_stats_backward", (y, y, None, *moments, False, *reads, *pairs, None, True, True)
+        yield "conv_stats_backward", (y, y, y_affine, *moments, True, *reads, *pairs, None, True, True)
+        plain = (y, None, None, None, None, None, False, x, None, None, weight, False, *pairs, x, True, True)
+        yield "conv_stats_backward", plain
+
+
+def narrow(dtype):
+    return convolutions(dtype, NARROW)
+
+
+def more_convolutions(dtype):
+    return convolutions(dtype, MORE_CONVOLUTIONS)
+
+
 # what is compiled: functions of a dtype that give operators with arguments on the meta device
-CASES: list[Callable[[torch.dtype], Any]] = [memory_bound, folding, inference]
+CASES: list[Callable[[torch.dtype], Any]] = [memory_bound, folding, inference, convolutions]
+# what the script compiles beside them
+MORE_CASES: list[Callable[[torch.dtype], Any]] = [more_convolutions, narrow]
 
 
-def build(targets, dtypes) -> list[Compiled]:
+def build(targets, dtypes, cases=CASES) -> list[Compiled]:
     """Every kernel of every case once for each set of constants and types."""
     found, seen = [], set()
     for dtype in dtypes:
-        calls = [call for case in CASES for call in case(DTYPES[dtype])]
-        for name, args in calls:
+        calls = [(case, *call) for case in cases for call in case(DTYPES[dtype])]
+        for case, name, args in calls:
             for launch in launches(lambda name=name, args=args: LAUNCHERS[name](*args)):
                 for target in targets:
                     source, options = source_of(launch, GPUTarget("cuda", target, 32))
                     key = (source.hash(), str(sorted(options.items())), target)
                     if key not in seen:
                         seen.add(key)
-                        found.append(compiled(name, launch, target, dtype))
+                        kernel = compiled(name, launch, target, dtype)
+                        # of a narrow product the gate asks only that nothing spills
+                        found.append(kernel._replace(dots=0) if case is narrow else kernel)
     return found
 
 
@@ -280,7 +323,7 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="all of them by default")
     parser.add_argument("--docs", action="store_true", help="also write the table of docs/triton.md")
     chosen = parser.parse_args()
-    kernels = build(chosen.target or TARGETS, chosen.dtype or DTYPES)
+    kernels = build(chosen.target or TARGETS, chosen.dtype or DTYPES, CASES + MORE_CASES)
     print(table(kernels))
     if chosen.docs:
         write_page(kernels)

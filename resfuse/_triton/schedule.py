@@ -4,7 +4,7 @@ The number of slabs decides the order of sums, so it does not ask how many proce
 channels it writes and those of one step follow these rules, which keep every kernel free of spills (the compile gate
 checks them): 128 rows by up to 64 channels for large maps, fewer for small ones and for float32, since a prologue's
 vectors, moments, and what an epilogue loads take registers beside the sums; all channels of a 1x1 convolution in one
-step up to 128, else steps of 64 or 32, of 16 in float32; as many steps in flight, up to three, as the shared memory of
+step up to 128 (64 where two activations are loaded), else steps of 64 or 32, of 16 in float32; as many steps in flight, up to three, as the shared memory of
 every target has room for.
 """
 
@@ -56,7 +56,7 @@ def _config(
 ) -> configs.Product:
     """A configuration of the most stages that every target has room for."""
     if warps is None:
-        warps = 8 if block_m == 128 or block_m * block_n == 4096 else 4
+        warps = 8 if block_m * block_n >= 2048 else 4
     candidates = [configs.Product(block_m, block_n, block_k, stages, warps) for stages in (3, 2, 1)]
     smallest = min(configs.TARGETS.values(), key=lambda target: target.shared_bytes)
     return configs.pruned(candidates, smallest, dtype.itemsize, operands=operands)[0]
@@ -73,11 +73,12 @@ def _rows(pixels: int, dtype: torch.dtype) -> int:
     return 128 if pixels >= _LARGE_MAP and dtype != torch.float32 else 64
 
 
-def _depth(channels: int, taps: int, dtype: torch.dtype, step: int) -> int:
+def _depth(channels: int, taps: int, dtype: torch.dtype, step: int, operands: int) -> int:
     """Channels of one step: all of a 1x1 convolution's, where they are few, else `step`; 16 in float32."""
     if dtype == torch.float32:
         return 16
-    return _block(channels, 128 if taps == 1 and channels <= 128 else step)
+    whole = 128 // operands
+    return _block(channels, whole if taps == 1 and channels <= whole else step)
 
 
 def _rowwise(
@@ -85,7 +86,7 @@ def _rowwise(
 ) -> Schedule:
     """Of a product that writes a row for each of its rows; `operands` are the activations that a step loads."""
     block_n = _block(channels_out, 64 if dtype != torch.float32 else 32)
-    block_k = _depth(channels_in, product.taps, dtype, step)
+    block_k = _depth(channels_in, product.taps, dtype, step, operands)
     config = _config(_rows(product.pixels, dtype), block_n, block_k, dtype, operands)
     single = product.taps == 1 and channels_in <= block_k
     blocks = triton.cdiv(channels_out, block_n)
@@ -108,7 +109,7 @@ def input_schedule(part: Product, dtype: torch.dtype, computed: bool) -> Schedul
 def weight_schedule(product: Product, dtype: torch.dtype) -> Schedule:
     """Of the gradient to the weight: (output channels, input channels) at one tap, a step being a tile of pixels."""
     half = dtype != torch.float32
-    block_m, block_n = (_block(size, 128 if half else 64) for size in (product.out_channels, product.channels))
+    block_m, block_n = _block(product.out_channels, 128 if half else 64), _block(product.channels, 64)
     config = _config(block_m, block_n, 64 if half else 32, dtype, 2)
     blocks = triton.cdiv(product.out_channels, block_m) * triton.cdiv(product.channels, block_n)
     return _slabs(config, product.pixels, config.block_k, blocks * product.taps, product.groups)

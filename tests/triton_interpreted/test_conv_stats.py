@@ -4,6 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import CHAIN_MARGIN, assert_all_as_exact, assert_as_exact, image, laid_out, leaf
+from test_tiles import CASES
+from test_tiles import CONVS as TILE_CONVS
+from test_tiles import operands as tile_operands
+from torch.library import opcheck
 
 from resfuse import ops, reference
 from resfuse._triton import schedule
@@ -262,3 +266,8 @@ def test_the_composition_is_the_same_unit(through, prologue):
     found = composed.conv_stats_backward_(*options[:-1], in_place, True)
     assert (in_place.double() - grads[1][0].double()).norm() <= 1e-3 * in_place.double().norm()
     assert all(torch.equal(a, b) for a, b in zip(found, grads[1][1:], strict=True))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("conv_stats")])
+def test_opcheck(case):
+    opcheck(getattr(triton, case.split()[0]), CASES[case](*tile_operands(TILE_CONVS["3x3"], torch.float32)))
