@@ -4,8 +4,8 @@ The number of slabs decides the order of sums, so it does not ask how many proce
 channels it writes and those of one step follow these rules, which keep every kernel free of spills (the compile gate
 checks them): 128 rows by up to 64 channels for large maps, fewer for small ones and for float32, since a prologue's
 vectors, moments, and what an epilogue loads take registers beside the sums; all channels of a 1x1 convolution in one
-step up to 128 (64 where two activations are loaded), else steps of 64 or 32, of 16 in float32; as many steps in flight, up to three, as the shared memory of
-every target has room for.
+step up to 128 (64 where two activations are loaded), else steps of 64 or 32, of 16 in float32; as many steps in flight,
+up to three, as the shared memory of every target has room for.
 """
 
 from __future__ import annotations
