@@ -16,7 +16,7 @@ from resfuse.parameters import Conv2dParameters
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-triton = ops.of("triton")
+triton = CANDIDATES["fused"]
 LAST = torch.channels_last
 # in, out, kernel, stride, padding, dilation, groups, height, width
 CONVS = {
@@ -35,8 +35,10 @@ CONVS = {
     "depthwise": (2, 4, (3, 3), (1, 1), (1, 1), (1, 1), 2, 6, 5),
 }
 EVERY_CONV = pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS)
-# bfloat16 products are the compile gate's and the GPU's: the interpreter has none
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+# bfloat16 is the GPU's: the interpreter leaves it out
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
+)
 
 
 def operands(conv, dtype, weight_dtype=None):
@@ -251,14 +253,14 @@ def test_the_composition_is_the_same_unit(through, prologue):
     """torch's convolution with passes around it, for every way that dY is formed."""
     x, affine, mean, weight, pairs = operands(CONVS["3x3-strided"], torch.float16, torch.float32)
     source = (x, affine, mean) if prologue else (x, None, None)
-    fused, composed = CANDIDATES["fused"], CANDIDATES["composed"]
-    results = [kind.conv_stats(*source, weight, True, *pairs, True) for kind in (fused, composed)]
+    composed = CANDIDATES["composed"]
+    results = [kind.conv_stats(*source, weight, True, *pairs, True) for kind in (triton, composed)]
     y, y_mean, _ = results[0]
     grad, other = torch.randn_like(y), torch.randn_like(x)
     y_affine = torch.randn(2, y.shape[1]) if through == "affine" else None
     moments = (y_mean, torch.randn_like(y_mean), torch.randn_like(y_mean)) if through != "none" else (None,) * 3
     options = (grad, None if through == "none" else y, y_affine, *moments, True, *source, weight, True, *pairs, other)
-    grads = [kind.conv_stats_backward(*options, True, True) for kind in (fused, composed)]
+    grads = [kind.conv_stats_backward(*options, True, True) for kind in (triton, composed)]
     for ours, theirs in [*zip(*results, strict=True), *zip(*grads, strict=True)]:
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
         assert (ours.double() - theirs.double()).norm() <= 2e-3 * theirs.double().norm()
@@ -270,4 +272,4 @@ def test_the_composition_is_the_same_unit(through, prologue):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("conv_stats")])
 def test_opcheck(case):
-    opcheck(getattr(triton, case.split()[0]), CASES[case](*tile_operands(TILE_CONVS["3x3"], torch.float32)))
+    opcheck(getattr(ops.of("triton"), case.split()[0]), CASES[case](*tile_operands(TILE_CONVS["3x3"], torch.float32)))
