@@ -193,7 +193,7 @@ def conv_act(
         check_prologue(residual_affine, residual_mean, out_channels, "residual_affine")
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     plain = scale is None and branch is None and residual_affine is None and not moments
-    plan = act_schedule(product, x.dtype, branch=branch is not None, plain=plain)
+    plan = act_schedule(product, x.dtype, plain=plain)
     partial = None
     if moments:
         partial = torch.empty((plan.slabs, 2, out_channels), dtype=torch.float32, device=x.device)

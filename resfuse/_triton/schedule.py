@@ -115,14 +115,16 @@ def weight_schedule(product: Product, dtype: torch.dtype) -> Schedule:
     return _slabs(config, product.pixels, config.block_k, blocks * product.taps, product.groups)
 
 
-def act_schedule(product: Product, dtype: torch.dtype, *, branch: bool, plain: bool) -> Schedule:
+def act_schedule(product: Product, dtype: torch.dtype, *, plain: bool) -> Schedule:
     """Of conv_act; `plain` where its epilogue has no scale, moments, branch or raw residual.
 
-    A per-channel vector of an epilogue takes a register for every fourth channel: without them tiles may be wider.
+    A per-channel vector of an epilogue takes a register for every fourth channel: without them tiles may be larger.
     """
     half = dtype != torch.float32
-    deep = product.taps == 1 and not branch and product.channels <= 128
-    block_k = _block(product.channels, (128 if deep else 64) if half else 32)
+    if half:
+        block_k = _block(product.channels, 128 if plain and product.taps == 1 and product.channels <= 128 else 64)
+    else:
+        block_k = _block(product.channels, 32 if product.taps == 1 else 16)
     single = product.taps == 1 and product.channels <= block_k
     block_n = _block(product.out_channels, 128 if half and single and plain else 64)
     config = _config(_rows(product.pixels, dtype), block_n, block_k, dtype, 1, warps=8)
