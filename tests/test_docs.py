@@ -34,7 +34,7 @@ def test_readme_tables_are_generated_from_the_results():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "venv", "bench", "gpu-check", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "venv", "bench", "gpu-check", "gate", "lint"])
 def test_the_makefile_has_the_targets_that_the_readme_names(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert f"make {target}" in README

@@ -102,9 +102,8 @@ def compiled(unit: str, launch: Launch, target: int, dtype: str) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
-        said = subprocess.check_output(
-            [find_disassembler(), "--dump-resource-usage", "--dump-sass", file.name], text=True
-        )
+        command = [find_disassembler(), "--dump-resource-usage", "--dump-sass", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, _, local = map(int, _RESOURCES.search(said).groups())
     return Compiled(
         unit, launch.kernel.__name__, target, dtype, result.metadata.num_warps, registers, result.metadata.shared,
