@@ -121,12 +121,10 @@ def act_schedule(product: Product, dtype: torch.dtype, *, plain: bool) -> Schedu
     A per-channel vector of an epilogue takes a register for every fourth channel: without them tiles may be larger.
     """
     half = dtype != torch.float32
-    if half:
-        block_k = _block(product.channels, 128 if plain and product.taps == 1 and product.channels <= 128 else 64)
-    else:
-        block_k = _block(product.channels, 32 if product.taps == 1 else 16)
+    deep = plain and product.taps == 1 and product.channels <= 128
+    block_k = _block(product.channels, 128 if deep else 64) if half else 16
     single = product.taps == 1 and product.channels <= block_k
-    block_n = _block(product.out_channels, 128 if half and single and plain else 64)
+    block_n = _block(product.out_channels, (128 if single and plain else 64) if half else 32)
     config = _config(_rows(product.pixels, dtype), block_n, block_k, dtype, 1, warps=8)
     blocks = triton.cdiv(product.out_channels, block_n)
     return _slabs(config, product.pixels, config.block_m, blocks, product.groups, single)
@@ -169,5 +167,5 @@ def expand_weight_schedule(pixels: int, channels: int, out_channels: int, dtype:
 def expand_input_schedule(pixels: int, channels: int, dtype: torch.dtype) -> Schedule:
     """Of the gradient to the input of a folded convolution."""
     half = dtype != torch.float32
-    config = _config(128, 64, 64, dtype, 1) if half else _config(32, 64, 32, dtype, 1, warps=4)
+    config = _config(128, 64, 32, dtype, 1) if half else _config(32, 64, 16, dtype, 1, warps=4)
     return _slabs(config, pixels, config.block_m, triton.cdiv(channels, config.block_n), 1)
