@@ -78,6 +78,8 @@ SCHEMAS = (
     "-> (Tensor dz, Tensor product, Tensor sums)",
     "expand_bn_act_backward_input(Tensor dz, Tensor x, Tensor? affine, Tensor? mean, bool relu, Tensor weight, "
     "Tensor correction, Tensor row, int[2] stride) -> (Tensor grad_x, Tensor sums)",
+    "pack_weight(Tensor weight, int groups) -> Tensor",
+    "run_plan(Tensor[] inputs, Tensor[] constants, int[] program, int[] sizes) -> Tensor[]",
 )
 
 _library = torch.library.Library("resfuse", "DEF")
@@ -181,6 +183,24 @@ def _fake_expand_weight(grad_out: Tensor, out: Any, x: Tensor, *_: Any) -> tuple
     return torch.empty_like(grad_out), _vector(x, grad_out.shape[1], x.shape[1]), _channels(grad_out)
 
 
+def _fake_pack_weight(weight: Tensor, groups: int) -> Tensor:
+    """Strips of 32 lanes, or of 16 where that makes the window of channels that the groups of a strip read shorter."""
+    lanes, depth, *kernel = weight.shape
+    own, unit = lanes // groups, 4 // weight.dtype.itemsize
+
+    def strips(width: int) -> tuple[int, int]:
+        windows = [(i // own * depth, ((min(i + width, lanes) - 1) // own + 1) * depth) for i in range(0, lanes, width)]
+        return max(-(-end // unit) - begin // unit for begin, end in windows), len(windows) * width
+
+    units, width = min((strips(32), strips(16)), key=lambda form: form[0])
+    return weight.new_empty(units * width * unit * kernel[0] * kernel[1])
+
+
+def _fake_run_plan(inputs: Sequence[Tensor], constants: Any, program: Any, sizes: Sequence[int]) -> list[Tensor]:
+    shapes = (sizes[i : i + 4] for i in range(0, len(sizes), 4))
+    return [inputs[0].new_empty(shape).to(memory_format=torch.channels_last) for shape in shapes]
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "add_relu": lambda x, residual: torch.empty_like(x),
     "add_relu_backward": lambda grad_out, out: torch.empty_like(out),
@@ -209,6 +229,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
         torch.empty_like(x),
         _vector(x, 0) if affine is None else _vector(x, 2, x.shape[1]),
     ),
+    "pack_weight": _fake_pack_weight,
+    "run_plan": _fake_run_plan,
 }
 for _name, _fake in _FAKES.items():
     for _overload in (_name, f"{_name}.triton"):
@@ -305,5 +327,7 @@ conv_stats_backward = _ops.conv_stats_backward.default
 conv_stats_backward_ = _ops.conv_stats_backward_.default
 conv_act = _ops.conv_act.default
 second_moments = _ops.second_moments.default
+pack_weight = _ops.pack_weight.default
+run_plan = _ops.run_plan.default
 expand_bn_act_backward_weight = _ops.expand_bn_act_backward_weight.default
 expand_bn_act_backward_input = _ops.expand_bn_act_backward_input.default

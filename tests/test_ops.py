@@ -12,10 +12,11 @@ from torch.library import opcheck
 from resfuse import ops
 
 SHAPE = (2, 5, 3, 4)
-# those of the convolutions serve channels_last float32 and bfloat16 on some processors: test_tiles has their cases
+# those of the convolutions serve channels_last float32 and bfloat16 on some processors: test_tiles and
+# test_tile_engine have their cases
 TILE_OPS = {
     "tile_kernels", "conv_stats", "conv_stats_backward", "conv_stats_backward_", "conv_act", "second_moments",
-    "expand_bn_act_backward_weight", "expand_bn_act_backward_input",
+    "expand_bn_act_backward_weight", "expand_bn_act_backward_input", "pack_weight", "run_plan",
 }  # fmt: skip
 NAMES = [name for schema in ops.SCHEMAS if (name := schema.split("(")[0]) not in TILE_OPS]
 

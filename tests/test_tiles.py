@@ -436,7 +436,7 @@ CASES = {
 
 
 def test_every_tile_operator_has_a_case():
-    assert {case.split()[0] for case in CASES} == TILE_OPS - {"tile_kernels"}
+    assert {case.split()[0] for case in CASES} == TILE_OPS - {"tile_kernels", "pack_weight", "run_plan"}
 
 
 @pytest.mark.parametrize("case", CASES)

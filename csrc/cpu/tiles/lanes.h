@@ -72,10 +72,8 @@ RESFUSE_LANES Lanes512 round_lanes(Lanes512 value) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_to_bfloat16(value)), 16));
 }
 
-// relu(NaN) = NaN
-RESFUSE_LANES Lanes512 relu_lanes(Lanes512 z) {
-  return _mm512_mask_mov_ps(z, _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps());
-}
+// relu(NaN) = NaN: of a pair with a NaN, and of two zeros, the second operand is the maximum
+RESFUSE_LANES Lanes512 relu_lanes(Lanes512 z) { return _mm512_max_ps(_mm512_setzero_ps(), z); }
 
 // grad where z > 0 or NaN, else 0
 RESFUSE_LANES Lanes512 relu_gradient_lanes(Lanes512 grad, Lanes512 z) {

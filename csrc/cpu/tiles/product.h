@@ -93,10 +93,9 @@ struct Taps {
 
 // Every strip of a weight for one plan. Forward, lanes are output channels; backward, input channels.
 template <class T, class W>
-unit_t<T>* pack_weight(const Plan& plan, const Taps& taps, const W* weight, const WeightLayout& layout,
-                       int64_t kernel_width, bool backward, const float* lane_scale = nullptr) {
+void pack_weight_into(const Plan& plan, const Taps& taps, const W* weight, const WeightLayout& layout,
+                      int64_t kernel_width, bool backward, const float* lane_scale, unit_t<T>* packed) {
   const Windows& windows = taps.windows;
-  unit_t<T>* packed = workspace<unit_t<T>>(Slot::kWeights, windows.strips() * taps.units * windows.lanes);
   const int64_t lane_step = layout.strides[backward ? 1 : 0], k_step = layout.strides[backward ? 0 : 1];
   const int64_t group_step = (backward ? plan.out_channels : plan.in_channels) / plan.groups * layout.strides[1];
   parallel_tasks(windows.strips(), plan.out_channels * windows.units * 4, [&](int64_t strip) {
@@ -116,6 +115,15 @@ unit_t<T>* pack_weight(const Plan& plan, const Taps& taps, const W* weight, cons
       }
     }
   });
+}
+
+// The same in this thread's workspace, where it stays until the next call.
+template <class T, class W>
+unit_t<T>* pack_weight(const Plan& plan, const Taps& taps, const W* weight, const WeightLayout& layout,
+                       int64_t kernel_width, bool backward, const float* lane_scale = nullptr) {
+  const int64_t size = taps.windows.strips() * taps.units * taps.windows.lanes;
+  unit_t<T>* packed = workspace<unit_t<T>>(Slot::kWeights, size);
+  pack_weight_into<T>(plan, taps, weight, layout, kernel_width, backward, lane_scale, packed);
   return packed;
 }
 

@@ -15,7 +15,7 @@ namespace resfuse::cpu {
 
 constexpr int64_t kHugePage = int64_t{1} << 21;
 
-enum class Slot { kWeights, kSums, kTile };  // what one thread may hold at the same time
+enum class Slot { kWeights, kSums, kTile, kArena };  // what one thread may hold at the same time
 
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
@@ -28,7 +28,7 @@ inline void* workspace_bytes(Slot slot, int64_t bytes) {
     std::unique_ptr<void, Free> data;
     int64_t bytes = 0;
   };
-  static thread_local Block blocks[3];
+  static thread_local Block blocks[4];
   Block& block = blocks[static_cast<int>(slot)];
   if (block.bytes < bytes) {
     block.bytes = 0;

@@ -1,0 +1,120 @@
+// The register tile of inference: a product of up to 14 pixels with 32 channels that is finished before it is stored.
+//
+//   out = act(bias + sum over taps and input channels of a[pixel][k] * b[k][lane] + residual)
+// Units and panels are microkernel.h's. The k of a second activation, a projection shortcut's, may follow those of the
+// first.
+#pragma once
+
+#include "../tiles/microkernel.h"
+#include "../tiles/prefetch.h"
+
+#if RESFUSE_HAS_TILES
+RESFUSE_TILES_BEGIN
+
+namespace resfuse::cpu {
+
+// A run of consecutive units that a pixel reads, `offset` after its first.
+struct Run {
+  int64_t offset, units;
+};
+
+// What a register tile reads of one activation: its first pixel, units between pixels, and the runs of each.
+template <class U>
+struct Operand {
+  const U* at;
+  int64_t step;
+  const Run* runs;
+  int64_t count;
+
+  Operand after(int64_t pixels) const { return {at + pixels * step, step, runs, count}; }
+};
+
+// Where the first pixel of a register tile is finished; steps lead to its neighbours.
+template <class T>
+struct Finish {
+  const float* bias;
+  const T* residual;  // or null
+  int64_t residual_step;
+  T* out;
+  int64_t out_step;
+  bool relu;
+};
+
+// Memory that will be written, or read, once the product is there.
+template <class T, int V>
+RESFUSE_LANES void prefetch_pixel(const T* at) {
+  const char* line = reinterpret_cast<const char*>(at);
+  _mm_prefetch(line, _MM_HINT_T0);
+  if constexpr (V * kLanes * sizeof(T) > kLine) _mm_prefetch(line + kLine, _MM_HINT_T0);
+}
+
+// R pixels of two operands, one behind the other in b; the second may have no runs.
+template <class T, int V, int R>
+__attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands)[2], const unit_t<T>* b,
+                                             const Finish<T>& to) {
+  Lanes512 sum[R][V];
+  for (int v = 0; v < V; ++v) {
+    const Lanes512 bias = load_lanes(to.bias + v * kLanes);
+    for (int r = 0; r < R; ++r) sum[r][v] = bias;
+  }
+  for (int r = 0; r < R; ++r) {
+    prefetch_pixel<T, V>(to.out + r * to.out_step);
+    if (to.residual != nullptr) prefetch_pixel<T, V>(to.residual + r * to.residual_step);
+  }
+  for (const Operand<unit_t<T>>& a : operands) {
+    const int64_t step = a.step;
+    for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
+      const unit_t<T>* at = a.at + run->offset;
+      for (const unit_t<T>* end = at + run->units; at < end; ++at, b += V * kLanes) {
+        decltype(load_units(b)) lanes[V];
+        for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v * kLanes);
+        for (int r = 0; r < R; ++r) {
+          const auto value = broadcast_unit(at[r * step]);
+          for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
+        }
+      }
+    }
+  }
+  if (to.residual != nullptr)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = _mm512_add_ps(sum[r][v], load_lanes(to.residual + r * to.residual_step + v * kLanes));
+  if (to.relu)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sum[r][v] = relu_lanes(sum[r][v]);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store_lanes(to.out + r * to.out_step + v * kLanes, sum[r][v]);
+}
+
+template <class T>
+using FinishPixels = void (*)(const Operand<unit_t<T>> (&)[2], const unit_t<T>*, const Finish<T>&);
+
+template <class T, int V, size_t... R>
+constexpr std::array<FinishPixels<T>, sizeof...(R)> finish_table(std::index_sequence<R...>) {
+  return {&finish_pixels<T, V, static_cast<int>(R) + 1>...};
+}
+
+// A line of `pixels` pixels, in groups as equal as their number allows; `lanes` is 32 or 16. Between groups some of the
+// memory is asked for that `next` names.
+template <class T>
+void finish_line(const Operand<unit_t<T>>& first, const Operand<unit_t<T>>& second, int64_t pixels, const unit_t<T>* b,
+                 int64_t lanes, Finish<T> to, Prefetcher& next) {
+  static constexpr std::array kTables{finish_table<T, 1>(std::make_index_sequence<kMaxPixels>{}),
+                                      finish_table<T, 2>(std::make_index_sequence<kMaxPixels>{})};
+  const auto& table = kTables[lanes == kPanel];
+  Operand<unit_t<T>> operands[2] = {first, second};
+  for (int64_t groups = (pixels + kMaxPixels - 1) / kMaxPixels; groups > 0; --groups) {
+    const int64_t count = pixels / groups;
+    next.step();
+    table[static_cast<size_t>(count - 1)](operands, b, to);
+    pixels -= count;
+    for (auto& operand : operands) operand = operand.after(count);
+    to.out += count * to.out_step;
+    if (to.residual != nullptr) to.residual += count * to.residual_step;
+  }
+}
+
+}  // namespace resfuse::cpu
+
+RESFUSE_TILES_END
+#endif
