@@ -6,10 +6,10 @@ from types import ModuleType
 
 import torch
 
-from resfuse.folding.engines import cuda, onednn, reference
+from resfuse.folding.engines import cuda, onednn, reference, tiles
 from resfuse.folding.plan import Plan
 
-ENGINES: dict[str, ModuleType] = {"onednn": onednn, "cuda": cuda, "reference": reference}
+ENGINES: dict[str, ModuleType] = {"tiles": tiles, "onednn": onednn, "cuda": cuda, "reference": reference}
 """By name, the best first."""
 
 

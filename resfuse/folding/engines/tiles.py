@@ -1,0 +1,147 @@
+"""The tile engine: runs of a plan's steps in one call of `run_plan`, over an arena, with weights packed once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resfuse import ops
+from resfuse.folding import plan as plans
+from resfuse.folding.engines import reference
+from resfuse.folding.lowering import Lowering
+from resfuse.folding.plan import INPUT, Plan, Step
+
+_ACTIVATIONS = ("identity", "relu")
+_MAX_PROGRAMS = 64  # shapes that one run of steps remembers
+
+
+def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this engine does not serve a plan; None where it does."""
+    if device.type != "cpu":
+        return f"tile kernels compute on CPUs, not on {device.type}"
+    if ops.missing_native["cpu"] is not None:
+        return ops.missing_native["cpu"]
+    if dtype not in ops.tile_dtypes:
+        return f"this processor has no tile kernels for {dtype}"
+    return None
+
+
+def prepare(
+    plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Cut the plan into runs of steps that `run_plan` knows, and steps in plain torch.
+
+    Args:
+        plan (Plan): what to compute.
+        tensors (Mapping[str, Tensor]), modules (Mapping[str, nn.Module]): what its steps name.
+        x (Tensor): (N, C, H, W), in the plan's dtype. Weights are packed for it; other shapes are served too.
+
+    Returns:
+        Callable[[Tensor], Tensor]: runs the plan; any number of threads may call it at once.
+    """
+    pieces = [_piece(plan, steps, tensors, modules) for steps in _cut(plan)]
+
+    def run(x: Tensor) -> Tensor:
+        values = {INPUT: x}
+        for piece in pieces:
+            outputs = piece.call(*[values[value] for value in piece.reads])
+            for value in piece.dying:
+                del values[value]
+            values.update(zip(piece.writes, outputs, strict=True))
+        return values[plan.output]
+
+    run(x)
+    return run
+
+
+class _Piece(NamedTuple):
+    """Steps that run together: what computes them, what they read from before and leave for later."""
+
+    call: Callable[..., list[Tensor]]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    dying: tuple[int, ...]
+
+
+def _pixels(plan: Plan) -> set[int]:
+    """The values of one pixel: global averages, and what flattens or multiplies them."""
+    found: set[int] = set()
+    for step in plan.steps:
+        averaged = isinstance(step, plans.AdaptivePool) and step.output_size == (1, 1)
+        if averaged or (isinstance(step, plans.Flatten | plans.Linear) and step.input in found):
+            found.add(step.output)
+    return found
+
+
+def _native(step: Step, pixels: set[int]) -> bool:
+    """Whether `run_plan` knows a step."""
+    if isinstance(step, plans.Convolution | plans.ScaleShiftAct):
+        return step.activation in _ACTIVATIONS and step.input not in pixels
+    if isinstance(step, plans.MaxPool):
+        inside = all(2 * p <= k for p, k in zip(step.padding, step.kernel_size, strict=True))
+        return step.dilation == (1, 1) and not step.ceil_mode and inside and step.input not in pixels
+    if isinstance(step, plans.Linear):
+        return step.activation in _ACTIVATIONS and step.input in pixels
+    return isinstance(step, plans.AdaptivePool | plans.Flatten) and step.output in pixels
+
+
+def _cut(plan: Plan) -> list[list[Step]]:
+    """The plan's steps in runs: those that `run_plan` takes together, and the others one by one."""
+    pixels = _pixels(plan)
+    runs = [list(steps) for _, steps in groupby(plan.steps, lambda step: _native(step, pixels))]
+    cut: list[list[Step]] = []
+    for steps in runs:
+        cut += [steps] if _worthwhile(steps, pixels) else [[step] for step in steps]
+    return cut
+
+
+def _worthwhile(steps: list[Step], pixels: set[int]) -> bool:
+    """Whether `run_plan` takes these steps: it knows them all, and what they compute pays for two copies."""
+    multiplies = any(isinstance(step, plans.Convolution | plans.Linear) for step in steps)
+    return multiplies and all(_native(step, pixels) for step in steps)
+
+
+def _piece(plan: Plan, steps: list[Step], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> _Piece:
+    written = {step.output for step in steps}
+    index = {step.output: i for i, step in enumerate(plan.steps)}
+    last = index[steps[-1].output]
+    later = {value for step in plan.steps[last + 1 :] for value in step.reads} | {plan.output}
+    reads = tuple(dict.fromkeys(value for step in steps for value in step.reads if value not in written))
+    writes = tuple(sorted(written & later))
+    dying = tuple(value for value in reads if value not in later)
+    if _worthwhile(steps, _pixels(plan)):
+        return _Piece(_Native(steps, reads, writes, tensors), reads, writes, dying)
+    (step,) = steps
+    return _Piece(lambda *inputs: [reference.apply(step, tensors, modules, *inputs)], reads, writes, dying)
+
+
+class _Native:
+    """A run of steps as one call; programs by shape, weights packed once."""
+
+    def __init__(
+        self, steps: list[Step], reads: tuple[int, ...], writes: tuple[int, ...], tensors: Mapping[str, Tensor]
+    ) -> None:
+        self._lowering = Lowering(steps, reads, writes, tensors)
+        self._programs: dict[tuple[torch.Size, ...], tuple[list[Tensor], list[int], list[int]]] = {}
+        self._flat = [
+            isinstance(step, plans.Flatten | plans.Linear) for v in writes for step in steps if step.output == v
+        ]
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        images = [x[:, :, None, None] if x.dim() == 2 else x for x in inputs]
+        shapes = tuple(x.shape for x in images)
+        found = self._programs.get(shapes)
+        if found is None:
+            with self._lock:
+                found = self._programs.get(shapes) or self._lowering.lower(shapes)
+                if len(self._programs) >= _MAX_PROGRAMS:
+                    self._programs = {}
+                self._programs[shapes] = found
+        outputs = ops.run_plan(images, *found)
+        return [out.flatten(1) if flat else out for out, flat in zip(outputs, self._flat, strict=True)]
