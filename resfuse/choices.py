@@ -149,7 +149,6 @@ def choose(unit: str, device: torch.device, dtype: torch.dtype, conv: Conv, pixe
     return rule(dtype, conv) if measured is None else measured
 
 
-@torch.compiler.assume_constant_result
 def any_fused(device: str, dtype: torch.dtype, convs: tuple[tuple[int, ...], ...]) -> bool:
     """Whether our kernels compute any of these convolutions, as lists, forward or backward, for maps of some size.
 
@@ -157,3 +156,7 @@ def any_fused(device: str, dtype: torch.dtype, convs: tuple[tuple[int, ...], ...
     """
     where = torch.device(device)
     return any(choose(unit, where, dtype, Conv.from_list(conv)) == "fused" for conv in convs for unit in UNITS)
+
+
+# what torch.compiler.assume_constant_result sets; called here, it would import the whole compiler with resfuse
+any_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ bias, running statistics), which keep their own dtype.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -277,8 +278,19 @@ def _load_triton(device: str) -> str | None:
     except ImportError as error:
         return f"Triton's kernels do not load: {error}"
     for name, launcher in LAUNCHERS.items():
-        _library.impl(f"{name}.triton", launcher, device.upper())
+        _library.impl(f"{name}.triton", _on_its_device(launcher) if device == "cuda" else launcher, device.upper())
     return None
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device: here, that of the first operand. Native kernels see to it themselves."""
+
+    @functools.wraps(launcher)
+    def call(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launcher(first, *rest)
+
+    return call
 
 
 # Why a native library is missing; None where it is loaded. Keys are device types.

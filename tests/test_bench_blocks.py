@@ -55,13 +55,13 @@ def test_a_wrong_kernel_is_refused(monkeypatch, mode):
     block = blocks.distinct_blocks("cifar_resnet20", (2, 3, 16, 16))[0]
     blocks.check(blocks.runners(PLAN, block, mode, "float32"), mode, "float32", gate.Gate("right"))
     for name in ("scale_shift_act", "conv_act", "conv_stats"):
-        right = getattr(ops, name)
+        right = getattr(ops.of("native"), name)
 
         def wrong(*operands, right=right):
             found = right(*operands)
             return found * 1.0001 if isinstance(found, torch.Tensor) else (found[0] * 1.0001, *found[1:])
 
-        monkeypatch.setattr(ops, name, wrong)
+        monkeypatch.setattr(ops.of("native"), name, wrong)
     with pytest.raises(gate.RefusedError, match=rf"wrong result: BasicBlock layer1\.0 {mode} float32 fused"):
         blocks.measure(PLAN, block, mode, "float32")
 

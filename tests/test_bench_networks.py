@@ -7,7 +7,7 @@ import torch
 from stand_in import Machine
 from test_report import WHERE, load_script
 
-from resfuse import backends, fuse
+from resfuse import backends, fuse, ops
 from resfuse.bench import gate, networks, peers, scaling, worker, workload
 from resfuse.bench.networks import Cell
 from resfuse.bench.workload import Task, batch_of, build
@@ -85,12 +85,9 @@ def test_a_wrong_variant_is_refused(inside, monkeypatch):
 
 @needs_native
 def test_a_wrong_kernel_is_refused_before_any_row(monkeypatch):
-    from resfuse.autograd import ops
-
-    right = ops.finalize_backward
+    right = ops.of("native").finalize_backward
     lost = lambda *given: (*(found := right(*given))[:2], torch.zeros_like(found[2]))  # noqa: E731
-    monkeypatch.setattr(ops, "finalize_backward", lost)
-    monkeypatch.setattr("resfuse.autograd_conv.ops.finalize_backward", lost)
+    monkeypatch.setattr(ops.of("native"), "finalize_backward", lost)
     plan = networks.Plan([SMALL], ("float32",), ("eager", "fused"), 1)
     with pytest.raises(SystemExit, match="refusing to time a wrong result: cifar_resnet20 float32 gradients"):
         next(networks.run(plan, WHERE))

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from resfuse import backends, cli, reference
+from resfuse import backends, cli, ops, reference
 from resfuse.demo import data, digits, parity, run, settings, speed, table
 
 ROOT = Path(__file__).parents[1]
@@ -111,11 +111,10 @@ def test_a_broken_bound_exits_with_1(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not NATIVE, reason="the native library is missing")
 def test_a_lost_gradient_breaks_the_bound(monkeypatch):
-    from resfuse.autograd import ops
-
-    correct = ops.finalize_backward
+    kernels = ops.of("native")
+    correct = kernels.finalize_backward
     monkeypatch.setattr(
-        ops, "finalize_backward", lambda *args: (*(found := correct(*args))[:2], torch.zeros_like(found[2]))
+        kernels, "finalize_backward", lambda *args: (*(found := correct(*args))[:2], torch.zeros_like(found[2]))
     )
     photos = data.normalise(data.load_photos(TINY.photos, TINY.photo_size))
     found = parity.measure(photos, replace(TINY, dtypes=("float32",)), "native", lambda: None)

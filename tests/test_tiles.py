@@ -475,7 +475,9 @@ def test_conv_norm_through_its_reference(frozen):
         )  # fmt: skip
         conv = Conv2dParameters(leaves[2], None, 1, 1)
         if path == "ours":
-            found, through = autograd_conv.conv_norm(raw.Raw(leaves[0], leaves[1], mean), conv, own, True, through=True)
+            found, through = autograd_conv.conv_norm(
+                raw.Raw(leaves[0], leaves[1], mean), conv, own, True, "native", through=True
+            )
             y, y_affine = found.x, found.affine
         else:
             y, y_affine, _ = reference.conv_norm(leaves[0], leaves[1], mean.double(), conv, own)

@@ -22,10 +22,11 @@ constexpr int64_t kBlockPixels = 224;         // pixels of a tile: 56 blocks, fo
 constexpr int64_t kBlocks = 64;               // blocks that are multiplied together: small tiles are joined
 constexpr int64_t kProductBytes = 512 << 10;  // products of some panels, before they are transformed back
 
-// Whether a convolution is computed this way. Measured: docs/performance-log.md.
+// Whether a convolution is computed this way. Measured: docs/performance-log.md. On smaller maps most taps lie outside,
+// so there is little to gain.
 template <class T>
 bool winograd_pays(const ConvShape& shape) {
-  const auto fits = [](const ConvAxis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1; };
+  const auto fits = [](const ConvAxis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1 && a.out >= 6; };
   return sizeof(T) == 4 && shape.groups == 1 && fits(shape.height) && fits(shape.width) && shape.height.padding <= 2 &&
          shape.width.padding <= 2 && shape.in_channels >= 32 && shape.out_channels >= 32;
 }
