@@ -58,9 +58,12 @@ void run_global_pool(const Image<T>& in, const Image<T>& out, int64_t images) {
   parallel_tasks(images * vectors, images * in.height * in.width * in.channels, [&](int64_t task) {
     const int64_t image = task / vectors, c = task % vectors * kLanes;
     Lanes512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < in.height; ++i)
+    for (int64_t i = 0; i < in.height; ++i) {  // a sum of short sums rounds less than one long one
+      Lanes512 row = _mm512_setzero_ps();
       for (int64_t j = 0; j < in.width; ++j)
-        sum = _mm512_add_ps(sum, load_lanes(in.row(image, i) + j * in.pixel_step + c));
+        row = _mm512_add_ps(row, load_lanes(in.row(image, i) + j * in.pixel_step + c));
+      sum = _mm512_add_ps(sum, row);
+    }
     store_lanes(out.row(image, 0) + c, _mm512_div_ps(sum, _mm512_set1_ps(pixels)));
     if (c == 0) clear_halo(out, image, 0, 1);
   });
