@@ -1,5 +1,6 @@
 """The tile engine and its two operators: every kind of step, of odd sizes, against plain torch in float64."""
 
+import contextlib
 import math
 import threading
 
@@ -72,6 +73,8 @@ CONVOLUTIONS = {
     "depthwise": dict(k=36, c=36, padding=(1, 1), groups=36),
     "narrow": dict(k=18, c=3, padding=(1, 1)),
     "narrow-7x7": dict(k=64, c=3, kernel=7, stride=(2, 2), padding=(3, 3)),
+    "narrow-row": dict(k=18, c=3, kernel=(1, 3)),
+    "narrow-column": dict(k=18, c=4, kernel=(3, 1)),
     "one-channel": dict(k=1, c=1, padding=(1, 1)),
 }
 SIZES = {"map": (3, 15, 17), "row": (1, 7, 31), "small": (2, 7, 7)}
@@ -225,6 +228,37 @@ def test_nan_stays_where_it_is_seen(dtype):
     out = run(x)
     assert out[1, :, 4, 4].isnan().all() and out[1, :, 0, 0].isfinite().all()
     assert torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+TOO_SMALL = {
+    "convolution": [conv(0, 0, 1, 18, 16)],
+    "convolution-and-pool": [
+        conv(0, 0, 1, 18, 16),
+        plans.MaxPool(1, 2, kernel_size=(2, 2), stride=(2, 2), padding=(1, 1)),
+    ],
+    "sum": [
+        conv(0, 0, 1, 32, 16, padding=(1, 1)),
+        conv(1, 1, 2, 32, 32),
+        conv(2, 1, 3, 40, 32, 1, relu=False),
+        conv(3, 2, 4, 40, 32, 1, residual=3),
+    ],
+}
+
+
+@FLOATS
+@pytest.mark.parametrize("steps", TOO_SMALL.values(), ids=TOO_SMALL)
+@pytest.mark.parametrize("size", [2, 4])
+def test_sizes_that_do_not_fit_raise_as_in_stock(steps, size, dtype):
+    """Kernels larger than their input, and sums of unlike sizes."""
+    if dtype not in ops.tile_dtypes:
+        pytest.skip(f"needs tile kernels for {dtype}")
+    plan = Plan(tuple(steps), steps[-1].output)
+    own = in_dtype(tensors_of(plan), dtype)
+    fails = size == 2 or any(getattr(step, "residual", None) is not None for step in steps)
+    x = torch.randn(1, 16, size, size).to(dtype)
+    for run in (lambda: reference.run(plan, own, {}, x), lambda: tiles.prepare(plan, own, {}, x)(x)):
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            run()
 
 
 def program(dtype=torch.float32):

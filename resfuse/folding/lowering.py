@@ -41,8 +41,9 @@ class Lowering:
     def constant(self, key: tuple[str, ...], make: Callable[[], Tensor]) -> int:
         """The index of a constant that is made once."""
         if key not in self._indices:
+            made = make()  # it may fail, and is then asked for again
             self._indices[key] = len(self.constants)
-            self.constants.append(make())
+            self.constants.append(made)
         return self._indices[key]
 
     def lower(self, shapes: Sequence[torch.Size]) -> tuple[list[Tensor], list[int], list[int]]:
@@ -92,7 +93,10 @@ class _Draft:
         for value, shape in zip(lowering.reads, shapes, strict=True):
             self.shapes[value] = (shape[1], shape[2], shape[3])
         for step in lowering.steps:
-            self.shapes[step.output] = self._shape(step)
+            made = self.shapes[step.output] = self._shape(step)
+            if min(made) < 1:
+                name = step.names[0] if step.names else type(step).__name__
+                raise RuntimeError(f"the input of {name} is too small: {self.shapes[step.input]} would become {made}")
         self.values: list[Value] = []
         self.index: dict[int, int] = {}
         self.steps: list[Step] = []
@@ -201,6 +205,7 @@ class _Draft:
             if other is None or other.output in self.lowering.writes or len(self.readers[other.output]) > 1:
                 continue
             plain = other.activation == "identity" and other.residual is None and other.input not in self.lowering.reads
+            plain = plain and self.shapes[other.output] == self.shapes[step.output]
             if plain and self._pointwise(other) and self._pointwise(step) and step.stride == (1, 1):
                 found[other.output] = other
         return found

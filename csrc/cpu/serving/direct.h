@@ -89,14 +89,17 @@ struct Convolution {
     prefetch_rows(out, first, last, out.height, 1, to);
   }
 
-  // Whether consecutive pixels of all images are one line to all operands.
+  // Whether consecutive pixels of all images are one line to all operands. A run may be a row of taps, whose input is
+  // wider than its output.
   bool flat() const {
-    return kernel.runs.size() == 1 && stride[0] == 1 && stride[1] == 1 && in.flat() && out.flat() &&
+    return kernel.runs.size() == 1 && stride[0] == 1 && stride[1] == 1 && in.flat() && out.flat() && like_out(in) &&
            (residual.data == nullptr || residual.flat()) &&
-           (second.data == nullptr || (second.flat() && second_stride[0] == 1 && second_stride[1] == 1));
+           (second.data == nullptr ||
+            (second.flat() && like_out(second) && second_stride[0] == 1 && second_stride[1] == 1));
   }
 
  private:
+  bool like_out(const Image<T>& image) const { return image.height == out.height && image.width == out.width; }
   static const unit_t<T>* units(const T* values) { return reinterpret_cast<const unit_t<T>*>(values); }
 };
 

@@ -1,7 +1,7 @@
 // A plan as `run_plan` takes it: a list of integers that holds sizes, values, chunks and steps, each a row of fields.
 //
-// resfuse/folding/program.py writes it; both sides name the same fields in the same order. Everything that decides
-// which memory is touched is checked here, before the first step runs.
+// resfuse/folding/program.py writes it; both sides name the same fields in the same order. Which memory of the arena is
+// touched is checked here, before the first step runs; constants and inputs are checked by the step that reads them.
 #pragma once
 
 #include <cstring>
@@ -122,7 +122,10 @@ struct Program {
     if (s.kind == StepKind::kMap)
       STD_TORCH_CHECK(in.height == out.height && in.width == out.width, "resfuse: a map keeps its pixels");
     if (s.kind == StepKind::kMaxPool) check_pool(s, in.height, in.width, out);
-    if (pooled) check_pool(s, s.size[0], s.size[1], out);
+    if (pooled) {
+      STD_TORCH_CHECK(s.residual < 0, "resfuse: a convolution that ends in a pool adds nothing");
+      check_pool(s, s.size[0], s.size[1], out);
+    }
     if (pooled || s.kind == StepKind::kConvolution)
       check_windows(s, in, pooled ? s.size[0] : out.height, pooled ? s.size[1] : out.width, unit);
     if (s.kind == StepKind::kWinograd)
@@ -141,11 +144,11 @@ struct Program {
                     "resfuse: a second activation must have a pixel for each of the output's");
   }
 
-  // that every window holds a pixel, and begins no further than one kernel before the map
+  // that there is a map, and every window holds a pixel of it
   static void check_pool(const StepFields& s, int64_t height, int64_t width, const ValueFields& out) {
     const int64_t in[2] = {height, width}, count[2] = {out.height, out.width};
     for (int axis = 0; axis < 2; ++axis)
-      STD_TORCH_CHECK(s.pool_kernel[axis] > s.pool_padding[axis] && s.pool_padding[axis] >= 0 &&
+      STD_TORCH_CHECK(in[axis] > 0 && s.pool_kernel[axis] > s.pool_padding[axis] && s.pool_padding[axis] >= 0 &&
                           s.pool_stride[axis] > 0 &&
                           (count[axis] - 1) * s.pool_stride[axis] - s.pool_padding[axis] < in[axis],
                       "resfuse: a pool's windows must lie on its map");
