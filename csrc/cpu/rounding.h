@@ -2,7 +2,7 @@
 //
 // Rounding to 16 bits one value at a time is half the instructions of a pass; AVX512_BF16 and AVX-512 round sixteen or
 // thirty-two at once. Both round to nearest, ties to even. AVX512_BF16 takes subnormal numbers (below 1.2e-38) for
-// zero, which the tile kernels do too.
+// zero, so vectors that hold one are rounded one value at a time.
 #pragma once
 
 #include <algorithm>
