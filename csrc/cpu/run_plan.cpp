@@ -107,9 +107,10 @@ class Execution {
     switch (s.kind) {
       case StepKind::kLoad: return load(s);
       case StepKind::kStore: return store(s);
-      case StepKind::kConvolution: return convolve(s, [&](const Convolution<T>& c) { run_convolution(c, count_); });
+      case StepKind::kConvolution:
+        return convolve(s, [&](const DirectConvolution<T>& c) { run_convolution(c, count_); });
       case StepKind::kConvolutionPool:
-        return convolve(s, [&](const Convolution<T>& c) {
+        return convolve(s, [&](const DirectConvolution<T>& c) {
           run_convolution_pool(c, s.size[0], s.size[1], pool(), image(s.output), count_);
         });
       case StepKind::kWinograd: return winograd(s);
@@ -156,17 +157,17 @@ class Execution {
     const Kernel kernel(s.kernel, s.dilation, s.run, out.channels, s.groups, kUnit<T>, in.row_step, in.pixel_step,
                         second.channels);
     const int64_t size = kernel.windows.strips() * kernel.units * kernel.windows.lanes;
-    f(Convolution<T>{in,
-                     second,
-                     out,
-                     image(s.residual),
-                     kernel,
-                     weight(s.weight, size),
-                     vector(s.bias, out.channels),
-                     {s.stride[0], s.stride[1]},
-                     {s.padding[0], s.padding[1]},
-                     {s.second_stride[0], s.second_stride[1]},
-                     s.relu != 0});
+    f(DirectConvolution<T>{in,
+                           second,
+                           out,
+                           image(s.residual),
+                           kernel,
+                           weight(s.weight, size),
+                           vector(s.bias, out.channels),
+                           {s.stride[0], s.stride[1]},
+                           {s.padding[0], s.padding[1]},
+                           {s.second_stride[0], s.second_stride[1]},
+                           s.relu != 0});
   }
 
   void winograd(const StepFields& s) {

@@ -45,7 +45,7 @@ struct Kernel {
 };
 
 template <class T>
-struct Convolution {
+struct DirectConvolution {
   Image<T> in, second, out, residual;  // the data of second and residual may be null
   const Kernel& kernel;
   const unit_t<T>* weight;
@@ -139,7 +139,7 @@ struct Blocks {
 
 // All output of `images` images.
 template <class T>
-void run_convolution(const Convolution<T>& c, int64_t images) {
+void run_convolution(const DirectConvolution<T>& c, int64_t images) {
   const int64_t size = static_cast<int64_t>(sizeof(T));
   const bool flat = c.flat();
   const Blocks blocks(flat, images, c.out.height, c.out.width, c.strips(), c.in.row_step * size * c.stride[0],

@@ -93,8 +93,8 @@ void run_map(const Image<T>& in, const Image<T>& residual, const float* scale, c
 // maxpool(conv): a few rows of windows at once; the rows of the convolution under them stay in L2, and neighbours
 // compute the rows they share twice. `height`, `width`: the convolution's output.
 template <class T>
-void run_convolution_pool(Convolution<T> c, int64_t height, int64_t width, const Window& window, const Image<T>& out,
-                          int64_t images) {
+void run_convolution_pool(DirectConvolution<T> c, int64_t height, int64_t width, const Window& window,
+                          const Image<T>& out, int64_t images) {
   constexpr int64_t kRowsBytes = 512 << 10;
   const int64_t step = pixel_units<T>(round_up(out.channels, kPanel)) * kUnit<T>, row_step = width * step;
   const int64_t fit = kRowsBytes / (row_step * static_cast<int64_t>(sizeof(T)));
@@ -107,11 +107,11 @@ void run_convolution_pool(Convolution<T> c, int64_t height, int64_t width, const
     const int64_t begin = std::max<int64_t>(first * window.stride[0] - window.padding[0], 0);
     const int64_t end = std::min((last - 1) * window.stride[0] - window.padding[0] + window.kernel[0], height);
     Prefetcher next;
-    Convolution<T> part = c;
+    DirectConvolution<T> part = c;
     part.out = {memory - begin * row_step, height, width, out.channels, step, row_step, 0, 0};
     for (int64_t strip = 0; strip < c.strips(); ++strip)
       for (int64_t row = begin; row < end; ++row) {
-        Convolution<T> one = part;
+        DirectConvolution<T> one = part;
         one.in.data += image * c.in.image_step;
         one.line(0, row, 0, width, strip, next);
       }
