@@ -4,7 +4,9 @@
 // touched is checked here, before the first step runs; constants and inputs are checked by the step that reads them.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
+#include <initializer_list>
 
 #include "image.h"
 
@@ -39,7 +41,8 @@ struct StepFields {
   int64_t second_stride[2];
 };
 
-constexpr int64_t kSlackBytes = 128;  // after every value: what a vector or a run reads beyond the last pixel
+constexpr int64_t kSlackBytes = 128;         // after every value: what a vector or a run reads beyond the last pixel
+constexpr int64_t kMost = int64_t{1} << 30;  // of a step's numbers, so that no product of two leaves int64
 
 struct Program {
   int64_t images = 0, arena_bytes = 0;
@@ -55,6 +58,8 @@ struct Program {
     const int64_t* end = data.data() + data.size();
     at = read(at, end, data[2], values);
     at = read(at, end, data[3], chunks);
+    for (const int64_t* number = at; number < end; ++number)
+      STD_TORCH_CHECK(*number >= -kMost && *number <= kMost, "resfuse: no step has a number as large as ", *number);
     at = read(at, end, data[4], steps);
     STD_TORCH_CHECK(at == end, "resfuse: a program ends with its last step");
     STD_TORCH_CHECK(images > 0 && arena_bytes >= 0, "resfuse: a program needs images and an arena");
@@ -68,11 +73,14 @@ struct Program {
   // Every value inside the arena, every chunk a run of steps, every step on values of this program.
   void check(int64_t element_size) const {
     for (const ValueFields& v : values) {
-      STD_TORCH_CHECK(v.images > 0 && v.height > 0 && v.width > 0 && v.channels > 0 && v.halo >= 0,
+      STD_TORCH_CHECK(v.images > 0 && v.height > 0 && v.width > 0 && v.channels > 0 && v.halo >= 0 &&
+                          std::max({v.height, v.width, v.halo}) <= kMost,
                       "resfuse: a value must have a size");
-      STD_TORCH_CHECK(v.pixel_step >= v.channels && v.offset >= 0 && v.offset % 64 == 0 &&
-                          v.offset + v.images * v.image_step() * element_size + kSlackBytes <= arena_bytes,
-                      "resfuse: a value must lie in the arena");
+      STD_TORCH_CHECK(
+          v.pixel_step >= v.channels && v.offset >= 0 && v.offset % 64 == 0 && v.offset <= arena_bytes &&
+              product_fits({element_size, v.images, v.height + 2 * v.halo, v.width + 2 * v.halo, v.pixel_step},
+                           arena_bytes - v.offset - kSlackBytes),
+          "resfuse: a value must lie in the arena");
     }
     int64_t next = 0;
     for (const ChunkFields& chunk : chunks) {
@@ -86,6 +94,12 @@ struct Program {
   }
 
  private:
+  // Whether a product of positive factors, which may not fit into int64, is at most this.
+  static bool product_fits(std::initializer_list<int64_t> factors, int64_t most) {
+    for (const int64_t factor : factors) most = std::max<int64_t>(most, 0) / factor;
+    return most > 0;
+  }
+
   template <class F>
   static const int64_t* read(const int64_t* at, const int64_t* end, int64_t count, std::vector<F>& rows) {
     constexpr int64_t kFields = sizeof(F) / sizeof(int64_t);
