@@ -70,6 +70,11 @@ def walk_over(x: Tensor, *, reduces: bool = False, tile_bytes: int | None = None
     return Walk(pixels, channels, height * width, channels_last, tile, slab)
 
 
+def _steps(x: Tensor) -> list[int]:
+    """The strides that address something: those of dimensions with more than one value."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
 def beside(x: Tensor, **others: Tensor | None) -> None:
     """Raise unless the others have x's shape, strides, dtype and device: kernels give them x's addresses."""
     for name, other in others.items():
@@ -77,7 +82,7 @@ def beside(x: Tensor, **others: Tensor | None) -> None:
             continue
         if other.dtype != x.dtype or other.device != x.device:
             raise RuntimeError(f"resfuse: {name} must have the first tensor's dtype and device")
-        if other.shape != x.shape or (other.stride() != x.stride() and other.numel() > 0):
+        if other.shape != x.shape or (_steps(other) != _steps(x) and other.numel() > 0):
             raise RuntimeError(f"resfuse: {name} must have the first tensor's shape and strides")
 
 

@@ -135,3 +135,14 @@ def test_bits_are_the_same_from_run_to_run(long_slabs):
     grad = gradient_for(torch.randn(x.shape), torch.float16)
     first, second = (test_units.run_bn_act(test_units.native_bn_act, x, bn, r, other, grad) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_strides_that_address_nothing_may_differ():
+    """1x1 maps are dense in both layouts, and torch describes them in either way."""
+    values, residual = torch.randn(2, 3, 8, 1, 1)
+    x = torch.empty_like(values, memory_format=torch.channels_last).copy_(values)
+    assert x.stride() != residual.stride()
+    scale, shift = torch.randn(2, 8)
+    out = ops.of("triton").scale_shift_act(x, scale, shift, residual, None, None, True)
+    expected = torch.relu(values * scale[:, None, None] + shift[:, None, None] + residual)
+    torch.testing.assert_close(out, expected)
