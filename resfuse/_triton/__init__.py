@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from resfuse._triton.add_relu import add_relu, add_relu_backward
-from resfuse._triton.candidates import conv_stats, conv_stats_backward, conv_stats_backward_
-from resfuse._triton.conv_act import conv_act
+from resfuse._triton.candidates import conv_act, conv_stats, conv_stats_backward, conv_stats_backward_
 from resfuse._triton.expand_bn_act_backward import expand_bn_act_backward_input, expand_bn_act_backward_weight
 from resfuse._triton.finalize import finalize, finalize_backward
 from resfuse._triton.moments import moments, moments_backward

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resfuse import choices
 from resfuse._triton import composed
+from resfuse._triton.conv_act import conv_act as fused_conv_act
 from resfuse._triton.conv_stats import conv_stats as fused_conv_stats
 from resfuse._triton.conv_stats_backward import conv_stats_backward as fused_backward
 from resfuse._triton.conv_stats_backward import conv_stats_backward_ as fused_backward_in_place
@@ -16,16 +17,19 @@ from resfuse._triton.gemm import forward_axis
 
 
 class Candidate(NamedTuple):
-    """One way to compute conv_stats and its gradients."""
+    """One way to compute conv_stats, its gradients, and conv_act."""
 
     conv_stats: Callable[..., tuple[Tensor, Tensor, Tensor]]
     conv_stats_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     conv_stats_backward_: Callable[..., tuple[Tensor, Tensor]]
+    conv_act: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 CANDIDATES = {
-    "fused": Candidate(fused_conv_stats, fused_backward, fused_backward_in_place),
-    "composed": Candidate(composed.conv_stats, composed.conv_stats_backward, composed.conv_stats_backward_),
+    "fused": Candidate(fused_conv_stats, fused_backward, fused_backward_in_place, fused_conv_act),
+    "composed": Candidate(
+        composed.conv_stats, composed.conv_stats_backward, composed.conv_stats_backward_, composed.conv_act
+    ),
 }
 
 
@@ -59,3 +63,12 @@ def conv_stats_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def conv_stats_backward_(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(grad_weight, sums); other becomes grad_x."""
     return _backward(arguments).conv_stats_backward_(*arguments)
+
+
+def conv_act(
+    x: Tensor, affine: Tensor | None, mean: Tensor | None, relu_x: bool, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, out_mean, out_var); it goes as conv_stats, the same product. A branch is the fused kernel's."""
+    branch, pairs = rest[5], rest[9:13]
+    candidate = _candidate("conv_stats", x, weight, pairs) if branch is None else CANDIDATES["fused"]
+    return candidate.conv_act(x, affine, mean, relu_x, weight, *rest)

@@ -1,4 +1,4 @@
-"""conv_stats and its backward by torch's convolution and Triton's passes around it.
+"""conv_stats, its backward and conv_act by torch's convolution and Triton's passes around it.
 
 What the convolution reads is materialised by one pass, and what it wrote is read by another. The candidate beside the
 fused kernels, with their arguments and results: see :mod:`resfuse.choices`.
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from resfuse._triton.gemm import packed_weight, product_of
-from resfuse._triton.launch import check_prologue
+from resfuse._triton.launch import check_image, check_prologue, check_vector
 from resfuse._triton.moments import moments as moments_of
-from resfuse._triton.scale_shift_act import scale_shift_act
+from resfuse._triton.scale_shift_act import scale_shift_act, scale_shift_act_, scale_shift_act_moments
 from resfuse._triton.scale_shift_act_backward import (
     scale_shift_act_backward_apply,
     scale_shift_act_backward_reduce,
@@ -107,3 +107,30 @@ def conv_stats_backward_(*arguments: Any) -> tuple[Tensor, Tensor]:
     grad_x, grad_weight, sums = conv_stats_backward(*separate)
     other.add_(grad_x)
     return grad_weight, sums
+
+
+def conv_act(
+    x: Tensor, affine: Tensor | None, mean: Tensor | None, relu_x: bool, weight: Tensor, scale: Tensor | None,
+    shift: Tensor, residual: Tensor | None, residual_affine: Tensor | None, residual_mean: Tensor | None,
+    branch: Tensor | None, branch_weight: Tensor | None, branch_stride: Sequence[int], relu: bool,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, moments: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, out_mean, out_var), as :func:`resfuse._triton.conv_act.conv_act`; a branch is that one's alone."""
+    if branch is not None:
+        raise ValueError("a branch continues the accumulator of the fused kernel")
+    channels = weight.shape[0]
+    for vector, name in ((shift, "shift"), (scale, "scale")):
+        if vector is not None:
+            check_vector(vector, channels, name)
+    out, *nothing = conv_stats(x, affine, mean, weight, relu_x, stride, padding, dilation, groups, False)
+    raw: tuple[Tensor | None, Tensor | None] = (None, None)
+    if residual is not None:
+        check_image(residual, "residual", like=x, shape=out.shape)
+        check_prologue(residual_affine, residual_mean, channels, "residual_affine")
+        if residual_affine is not None and residual_mean is not None:
+            raw = _scale_shift(residual_affine, residual_mean)
+    own = (torch.ones_like(shift) if scale is None else scale, shift)
+    if moments:
+        return scale_shift_act_moments(out, *own, residual, *raw, relu)
+    scale_shift_act_(out, *own, residual, *raw, relu)  # torch made it, and nobody else has it
+    return out, nothing[0], nothing[1]

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from numerics import assert_as_exact, image
 from test_tiles import operands
 
-from resfuse import ops, reference
+from resfuse import choices, ops, reference
+from resfuse._triton.candidates import CANDIDATES
 
 LAST = torch.channels_last
 # bfloat16 on a GPU alone: see conftest.py
@@ -29,7 +30,7 @@ CONVS = {
     "grouped-1x1": (84, 160, (1, 1), (1, 1), (0, 0), (1, 1), 2, 7, 5),
     "odd-groups": (21, 33, (3, 3), (1, 2), (1, 1), (1, 1), 3, 7, 9),
 }
-conv_act = ops.of("triton").conv_act
+conv_act = CANDIDATES["fused"].conv_act
 
 
 def moments_hold(out, out_mean, out_var):
@@ -142,3 +143,44 @@ def test_conv_act_names_bad_input():
         own_weight, own_shift, *options = given
         with pytest.raises(error, match=message):
             conv_act(x, None, None, False, own_weight, None, own_shift, *options, True, *UNIT, False)
+
+
+@pytest.mark.parametrize("moments", [False, True], ids=["plain", "moments"])
+@pytest.mark.parametrize("kind", ["none", "identity", "raw"])
+def test_the_composition_is_the_same_unit(kind, moments):
+    """torch's convolution with passes around it: with every residual, with and without a scale."""
+    x, affine, mean, weight, pairs = operands(CONVS["3x3-strided"], torch.float16, torch.float32)
+    channels = weight.shape[0]
+    scale, shift = (None if kind == "identity" else torch.rand(channels) + 0.5), torch.randn(channels)
+    raw = (torch.randn(2, channels), torch.randn(channels)) if kind == "raw" else (None, None)
+    shape = F.conv2d(x.float(), weight, None, *pairs).shape
+    residual = None if kind == "none" else image(shape, torch.float16, "channels_last")
+    options = (scale, shift, residual, *raw, None, None, [1, 1], True, *pairs, moments)
+    source = (x, affine, mean, True, weight)
+    kept = x.clone()
+    fused, composed = (CANDIDATES[name].conv_act(*source, *options) for name in ("fused", "composed"))
+    for ours, theirs in zip(fused, composed, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
+        assert (ours.double() - theirs.double()).norm() <= 2e-3 * theirs.double().norm()
+    assert torch.equal(x, kept)
+
+
+def test_the_candidate_of_conv_stats_convolves_unless_there_is_a_branch(monkeypatch):
+    asked = []
+
+    def choose(unit, *rest):
+        asked.append(unit)
+        return "composed"
+
+    def refuse(*arguments):
+        raise RuntimeError("the composition was taken")
+
+    monkeypatch.setattr(choices, "choose", choose)
+    monkeypatch.setitem(CANDIDATES, "composed", CANDIDATES["composed"]._replace(conv_act=refuse))
+    x, weight = image((1, 4, 3, 3), layout="channels_last"), torch.randn(2, 4, 1, 1)
+    plain = (x, None, None, False, weight, None, torch.zeros(2), None, None, None)
+    with pytest.raises(RuntimeError, match="the composition was taken"):
+        ops.of("triton").conv_act(*plain, None, None, [1, 1], True, *UNIT, False)
+    assert asked == ["conv_stats"]
+    out, *_ = ops.of("triton").conv_act(*plain, x, weight, [1, 1], True, *UNIT, False)
+    torch.testing.assert_close(out, F.relu(2 * F.conv2d(x, weight)))
