@@ -2,7 +2,8 @@
 
 The composition is a pass that materialises what the convolution reads, torch's convolution (cuDNN's), and a pass over
 what it wrote. A table of measurements decides, keyed by device name, unit, dtype and shape: the user's, which `resfuse
-tune` writes, or one that ships for a GPU measured before. A shape that was not measured follows a rule.
+tune` writes, or one that ships for a GPU measured before. A shape that was not measured follows a rule. A GPU without
+the shared memory that the fused kernels need composes.
 
 A table is a JSON file: {"device": name, "rows": [...]}, each row {"unit", "dtype", "conv", "pixels", "fused_ms",
 "composed_ms"}; `conv` is a :class:`Conv` as a list, `pixels` those of the output over all images. Between shapes that
@@ -129,6 +130,15 @@ def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
+@functools.cache
+def _has_room(index: int) -> bool:
+    """Whether a multiprocessor has the shared memory that our products are scheduled for; else they do not launch."""
+    from resfuse._triton.configs import TARGETS
+
+    found = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0)
+    return found >= min(target.shared_bytes for target in TARGETS.values())
+
+
 def choose(unit: str, device: torch.device, dtype: torch.dtype, conv: Conv, pixels: int | None = None) -> str:
     """The candidate for one call of a unit.
 
@@ -145,6 +155,8 @@ def choose(unit: str, device: torch.device, dtype: torch.dtype, conv: Conv, pixe
     if device.type != "cuda":
         return "fused"
     index = torch.cuda.current_device() if device.index is None else device.index
+    if not _has_room(index):
+        return "composed"
     measured = lookup(table_of(_device_name(index)), unit, dtype, conv, pixels)
     return rule(dtype, conv) if measured is None else measured
 

@@ -55,6 +55,7 @@ def test_a_table_answers_for_shapes_near_those_measured():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(choices, "_has_room", lambda index: True)
     choices.table_of.cache_clear()
     yield tmp_path
     choices.table_of.cache_clear()
@@ -72,6 +73,17 @@ def test_the_table_of_a_device_decides_before_the_rule(cache, monkeypatch):
     assert choices.choose("conv_stats", torch.device("cpu"), BF16, POINTWISE, 1000) == "fused"
     kept = json.loads(path.read_text())
     assert kept["device"] == "NVIDIA H200 (a stand-in)" and kept["rows"] == [row(2.0, 1.0)]
+
+
+def test_a_gpu_without_room_for_the_fused_kernels_composes(monkeypatch):
+    """Compute capability 8.6 and 8.9 have 99 KiB of shared memory for a block, 8.0 has 163."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(choices, "_device_name", lambda index: "a GPU that was not measured")
+    monkeypatch.setattr(choices, "_has_room", choices._has_room.__wrapped__)  # what it says is kept for a process
+    for kibibytes, expected in ((99, "composed"), (163, "fused"), (227, "fused")):
+        properties = SimpleNamespace(shared_memory_per_block_optin=kibibytes * 1024)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, found=properties: found)
+        assert choices.choose("conv_stats", gpu, BF16, POINTWISE, 1000) == expected
 
 
 @pytest.mark.parametrize(("widths", "raw"), [((64, 256), True), ((512, 2048), False)], ids=["stage 1", "stage 4"])
