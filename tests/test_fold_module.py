@@ -83,6 +83,36 @@ def test_load_refuses_other_files_and_versions(model, tmp_path, monkeypatch):
         resfuse.Folded.load(tmp_path / "newer.pt")
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no zip"])
+def test_load_names_a_file_that_it_cannot_read(model, tmp_path, damage):
+    path = tmp_path / "network.pt"
+    resfuse.fold(model).save(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"network.pt cannot be read as a folded network: "):
+        resfuse.Folded.load(path)
+    with pytest.raises(FileNotFoundError, match=r"absent.pt"):
+        resfuse.Folded.load(tmp_path / "absent.pt")
+
+
+def test_a_saved_file_has_the_permissions_of_any_new_file(model, tmp_path):
+    (tmp_path / "other").touch()
+    resfuse.fold(model).save(tmp_path / "network.pt")
+    assert (tmp_path / "network.pt").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_network_without_folded_parts_changes_its_dtype(images):
+    class Unknown(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    folded = resfuse.fold(Unknown().eval()).to(torch.bfloat16)
+    assert folded(images).dtype == folded.dtype == torch.bfloat16
+
+
 def test_save_refuses_what_is_code(tmp_path):
     folded = resfuse.fold(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Softplus(), nn.GroupNorm(2, 4)).eval())
     with pytest.raises(ValueError, match=r"parts are not folded: 1, 2"):

@@ -105,7 +105,7 @@ def test_weights_that_overflow_the_asked_dtype():
 def test_arguments():
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got builtin"):
         resfuse.fold(torch.relu)
-    with pytest.raises(TypeError, match=r"dtype must be a floating one, got torch.int8"):
+    with pytest.raises(TypeError, match=r"dtype must be a floating torch.dtype, got torch.int8"):
         resfuse.fold(_network(), torch.int8)
     with pytest.raises(ValueError, match=r"backend must be one of .*reference or None, got 'magic'"):
         resfuse.fold(_network(), backend="magic")

@@ -39,8 +39,8 @@ def fold(
         memory_format (torch.memory_format | None): of activations; None is torch.channels_last.
         example_input (Tensor | None): as the network will get it: shape and device. The engine is prepared with it now;
             without it at the first call. Other shapes are served as well.
-        backend (str | None): an engine: "onednn", "cuda" or "reference" (plain torch operators); None takes the first
-            that serves.
+        backend (str | None): an engine: "tiles", "onednn", "cuda" or "reference" (plain torch operators); None takes
+            the first that serves.
 
     Returns:
         Folded: takes (N, C, H, W) of any floating dtype and strides, and returns what the model returns in eval, in
@@ -51,6 +51,7 @@ def fold(
         ValueError: a module is in training mode, has no running statistics, or has a hook, a parametrization or a
             forward of its own that folding would drop; a convolution is shared by two normalisations; or a folded
             weight is NaN or infinite. The message names the module.
+            Or the backend has no known name.
         RuntimeError: the backend is missing.
 
     Numerics: bias, residual and activation are added to the float32 sums of a convolution before they are rounded,
@@ -61,8 +62,8 @@ def fold(
     first = next((tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()), None)
     own = torch.get_default_dtype() if first is None else first.dtype
     dtype = own if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating one, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
     for name, module in model.named_modules():
         if module.training:
             raise ValueError(f"{name or 'the model'} is in training mode: call model.eval() before fold")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -130,8 +130,9 @@ class Folded(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Folded:
         super()._apply(fn, recurse)
-        weights = [buffer for buffer in self.folded.buffers() if buffer.dim() > 1]
-        self._dtype = weights[0].dtype if weights else self._dtype
+        tensors = (*self.folded.buffers(), *self.stock.parameters(), *self.stock.buffers())
+        weights = (tensor for tensor in tensors if tensor.dim() > 1 and tensor.is_floating_point())
+        self._dtype = next((weight.dtype for weight in weights), self._dtype)
         for module in self.folded.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.dim() == 1:
@@ -194,15 +195,15 @@ class Folded(nn.Module):
             "backend": self.backend,
         }
         target = Path(path)
-        handle, temporary = tempfile.mkstemp(prefix=f"{target.name}.", dir=target.parent)
+        fresh = target.with_name(f"{target.name}.{uuid.uuid4().hex}")  # of its own: two may save to one place
         try:
-            with os.fdopen(handle, "wb") as file:
+            with fresh.open("xb") as file:
                 torch.save(data, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            fresh.replace(target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            fresh.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -214,9 +215,10 @@ class Folded(nn.Module):
             device (str | torch.device): where its tensors go.
 
         Raises:
-            ValueError: the file holds something else, or another version of it.
+            ValueError: the file is damaged, or holds something else or another version of it.
+            FileNotFoundError: there is none.
         """
-        data = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        data = _read(path, device)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{path} holds no folded network")
         if data["version"] != VERSION:
@@ -226,6 +228,18 @@ class Folded(nn.Module):
         network = cls(folding, {}, {}, getattr(torch, data["dtype"]), layout, data["backend"])
         network._mapped = True
         return network
+
+
+def _read(path: str | os.PathLike[str], device: str | torch.device) -> Any:
+    """What a file holds; ValueError, with its path, if it cannot be read."""
+    Path(path).open("rb").close()  # a missing or forbidden file is reported by Python
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # damaged bytes surface as almost any type
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path} cannot be read as a folded network: {type(error).__name__}: {reason}") from error
 
 
 _ROOT = "model"
