@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from bench_rows import serving_row
 from stand_in import Machine
 from typer.testing import CliRunner
 
@@ -96,6 +97,14 @@ def test_of_a_cell_measured_twice_the_last_row_counts(run):
     assert verdicts(first + again, run({"resfuse": 2e-3}, seed=3)).count(UNDECIDED) >= 4
     with pytest.raises(ValueError, match="no cell in common: 5 rows and 0 rows"):
         compare_runs(first, [])
+
+
+def test_serving_is_compared_relative_to_eager_too():
+    before, after = ([serving_row(batch) for batch in (1, 8)] for _ in range(2))
+    changes = compare_runs(before, after)
+    assert {(change.name, change.against, change.ratio) for change in changes if "8" in change.cell} >= {
+        ("folded", "eager", 1.0), ("openvino", "eager", 1.0)
+    }  # fmt: skip
 
 
 def test_what_differs_between_the_machines_is_said(run):

@@ -11,6 +11,8 @@ quantiles of :func:`resfuse.bench.timing.milliseconds`. A ratio is :class:`resfu
 * models: model, batch, size, mode (forward, backward, training, inference, memory), variants with images_per_s, error,
   saved_bytes, peak_rss_bytes, peak_bytes (of a GPU), ratios, missing (peers that were not measured, and why).
 * scaling: as models, and axis (batch, size, depth, threads), value, threads, work (multiply-adds of a forward pass).
+* serving: model, batch, size, threads, variants with p50_ms and p99_ms of single calls, calls, images_per_s,
+  first_call_s, fold_first_s, error, imported_rss_bytes, peak_rss_bytes, ratios {"folded/openvino": ...}, missing.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _CELL = {
     "blocks": ("model", "block", "name", "shape", "mode"),
     "models": ("model", "mode", "batch", "size"),
     "scaling": ("axis", "value", "model", "mode", "batch", "size", "threads"),
+    "serving": ("model", "batch", "size", "threads"),
 }
 
 
