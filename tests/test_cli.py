@@ -106,6 +106,8 @@ def test_doctor_fails_without_native_kernels_only_where_it_is_asked_to(monkeypat
         (["bench", "model", "resnet18", "--peer", "openvin"], "'openvin'; nearest: openvino"),
         (["bench", "model", "resnet18", "--batch", "0"], "batch must be at least 1, got 0"),
         (["bench", "model", "resnet18", "--scale", "with"], "scale must be one of batch, size, depth, threads"),
+        (["bench", "model", "resnet18", "resnet34", "--scale", "size"], "in one mode, got resnet18, resnet34"),
+        (["bench", "model", "resnet18", "--scale", "size", "--batch", "4"], "leave out --batch"),
         (["bench", "block", "vgg16_bn"], "vgg16_bn has no block"),
         (["explain", "resnet18", "--backend", "nativ"], "'nativ'; nearest: native"),
         (["explain", "resnet18", "--device", "tpu"], "device must be one of cpu, cuda, got 'tpu'"),
@@ -190,8 +192,9 @@ def test_networks_are_measured(quick, tmp_path, monkeypatch):
 
     monkeypatch.setattr(networks, "Worker", Inside)
     file = tmp_path / "models.jsonl"
-    small = "--dtype", "float32", "--batch", 2, "--size", 16, "--rounds", 6, "--output", file
-    told = invoke("bench", "model", "cifar_resnet20", "--peer", "torch-tensorrt", "--mode", "inference", *small)
+    small = "--dtype", "float32", "--rounds", 6, "--output", file
+    cell = "--mode", "inference", "--batch", 2, "--size", 16
+    told = invoke("bench", "model", "cifar_resnet20", "--peer", "torch-tensorrt", *cell, *small)
     assert told.exit_code == 0, told.output
     (row,) = read(file)
     assert row["variants"].keys() == {"eager", "fused"} and "torch-tensorrt" in row["missing"]

@@ -141,6 +141,7 @@ def model(
     modes = all_of("mode", mode, MODES, ("training", "inference"))
     where = environment(device)
     if scale:
+        _check_alone(names, modes if mode else modes[:1], peer=peer, batch=batch, size=size)
         points = scaling.points(_axes(scale), names[0], modes[0], quick)
         count = len(points) * len(dtypes)
         measured = _measure(
@@ -155,6 +156,15 @@ def model(
     ]
     plan = networks.Plan(cells, dtypes, _variants(peer), rounds or (6 if quick else 9), device, quick=quick)
     _measure(lambda tick: networks.run(plan, where, tick), len(plan.rows), where, networks.lines, output, html)
+
+
+def _check_alone(names: list[str], modes: list[str], **fixed: object) -> None:
+    """Stop where --scale would leave out something that was asked for."""
+    if len(names) > 1 or len(modes) > 1:
+        raise stop(f"--scale measures one network in one mode, got {', '.join(names)} in {', '.join(modes)}")
+    for option, value in fixed.items():
+        if value:
+            raise stop(f"--scale chooses what it compares and its shapes itself: leave out --{option}")
 
 
 def _axes(scale: list[str]) -> list[str]:
