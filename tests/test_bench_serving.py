@@ -47,13 +47,16 @@ def test_a_wrong_result_is_not_timed():
         found["folded"]["error"] = error
         with pytest.raises(SystemExit, match="refusing to time a wrong result: resnet18 float32 folded is off by"):
             bench.refuse_a_wrong_result(found, cell, "float32")
+    found = {"eager": {"error": 1e-6}, "openvino": {"error": 0.9}}
+    with pytest.raises(SystemExit, match="refusing to time a wrong result: resnet18 float32 openvino is off by"):
+        bench.refuse_a_wrong_result(found, cell, "float32")
 
 
 @needs_native
 def test_a_quick_run_records_every_variant(tmp_path, monkeypatch, capsys):
     bench = load_script("bench_serving")
     path = tmp_path / "serving.jsonl"
-    arguments = ["--quick", "--batches", "2", "--dtypes", "float32", "--variants", "eager", "folded", "--threads", "1"]
+    arguments = ["--quick", "--batches", "2", "--dtypes", "float32", "--variants", "folded", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["bench_serving.py", *arguments, "--output", str(path)])
     monkeypatch.setattr(bench, "SECONDS_PER_SAMPLE", 0.01)
     bench.main()
