@@ -212,6 +212,18 @@ def test_transforms_and_autocast_leave_its_dtype(model, images):
         folded(torch.zeros(1, 3, 32, 32, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+def test_images_that_are_smaller_than_a_window_raise_as_in_stock(backend):
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.MaxPool2d(3)).eval()
+    folded, images = resfuse.fold(model, backend=backend), torch.randn(2, 3, 9, 9)
+    for size in (1, 2, 4):  # of the convolution's kernel, and of the pool's
+        with pytest.raises(RuntimeError):
+            model(images[:, :, :size, :size])
+        with pytest.raises(RuntimeError):
+            folded(images[:, :, :size, :size])
+    torch.testing.assert_close(folded(images), model(images).detach())
+
+
 def test_torch_compile_takes_the_whole_graph(model, images):
     folded = resfuse.fold(model)
     compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")

@@ -55,6 +55,8 @@ class Lowering:
 
 def _output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     height, width = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
+    if min(height, width) < 1:
+        raise RuntimeError(f"a window of {kernel} with dilation {dilation} is larger than {size} padded by {padding}")
     return height, width
 
 
