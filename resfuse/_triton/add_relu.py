@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse._triton.tiles import activate, active_gradient
+from resfuse._triton.walk import beside
 
 _BYTES = 8192  # of each operand, for each program
 
@@ -35,6 +36,7 @@ def add_relu_backward_kernel(grad_ptr, out_ptr, grad_in_ptr, size, COMPUTE: tl.c
 
 def _over_memory(kernel, first: Tensor, second: Tensor) -> Tensor:
     out = torch.empty_like(first)
+    beside(out, first=first, second=second)  # what has gaps does not keep its strides
     if out.numel() == 0:
         return out
     compute = tl.float64 if first.dtype == torch.float64 else tl.float32

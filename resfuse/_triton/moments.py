@@ -17,6 +17,7 @@ from resfuse._triton.walk import (
     accumulate_dtype,
     add_to_streams,
     beside,
+    check_vectors,
     own_block,
     pivot_of,
     places,
@@ -96,6 +97,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def moments_backward(grad_mean: Tensor, grad_var: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     grad, walk = torch.empty_like(x), walk_over(x)
     beside(x, grad=grad)
+    check_vectors(x, grad_mean=grad_mean, grad_var=grad_var, mean=mean)
     if x.numel() > 0:
         moments_backward_kernel[walk.grid](grad_mean, grad_var, x, mean, grad, *walk.sizes, **walk.options)
     return grad

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from resfuse._triton.configs import POOL_BYTES
 from resfuse._triton.tiles import activate
-from resfuse._triton.walk import Walk, own_block, vector, walk_over
+from resfuse._triton.walk import Walk, check_vectors, own_block, vector, walk_over
 
 
 class Window(NamedTuple):
@@ -164,6 +164,7 @@ def scale_shift_relu_maxpool(
     x: Tensor, scale: Tensor, shift: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     window = Window.of(x, kernel_size, stride, padding)
+    check_vectors(x, scale=scale, shift=shift)
     height, width = window.pooled(x)
     order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     shape = (*x.shape[:2], height, width)

@@ -17,6 +17,7 @@ from resfuse._triton.walk import (
     Walk,
     add_to_streams,
     beside,
+    check_vectors,
     own_block,
     pivot_of,
     places,
@@ -134,6 +135,7 @@ def _run(
     partial: Tensor | None = None,
 ) -> None:
     beside(x, residual=residual[0], out=out)
+    check_vectors(x, scale=affine[0], shift=affine[1], residual_scale=residual[1], residual_shift=residual[2])
     if x.numel() > 0:
         arguments = (x, *affine, *residual, out, partial, *walk.sizes)
         scale_shift_act_kernel[walk.grid](*arguments, RELU=relu, **walk.options)

@@ -21,7 +21,7 @@ from resfuse._triton.merge import sum_partials
 from resfuse._triton.pool import Window, check_pooled, gathered, walk_with_pool
 from resfuse._triton.scale_shift_act import load_tile, optional_vector, preactivation
 from resfuse._triton.tiles import active_gradient
-from resfuse._triton.walk import Walk, accumulate_dtype, beside, own_block, places, vector, walk_over
+from resfuse._triton.walk import Walk, accumulate_dtype, beside, check_vectors, own_block, places, vector, walk_over
 
 Vector = Tensor | None
 _NO_POOL = (None, 1, 1, 1)
@@ -194,9 +194,17 @@ def apply_kernel(
         tl.store(grad_raw_ptr + at, grad.to(grad_raw_ptr.dtype.element_ty), mask=inside)
 
 
+def _check_vectors(x: Tensor, own: Sequence[Vector], raw: Sequence[Vector]) -> None:
+    """`own` and `raw` follow x and the raw residual in an operator's arguments; the latter, first of `raw`, is none."""
+    names = ("scale", "shift", "mean", "grad_mean", "grad_var")
+    check_vectors(x, **dict(zip(names, own, strict=False)))
+    check_vectors(x, **{f"residual_{name}": vector for name, vector in zip(names, raw[1:], strict=False)})
+
+
 def _sums(
     x: Tensor, terms: int, walk: Walk, arguments: Sequence[Vector], pool: Sequence[object], **options: object
 ) -> Tensor:
+    _check_vectors(x, arguments[2:5], arguments[5:9])
     if x.numel() == 0:
         return torch.zeros(terms, walk.channels, dtype=accumulate_dtype(x.dtype), device=x.device)
     partial = torch.empty(walk.parts, terms, walk.channels, dtype=accumulate_dtype(x.dtype), device=x.device)
@@ -233,6 +241,7 @@ def _write_gradients(
     grad_x: Tensor, grad_raw: Vector, tensors: Sequence[Vector], relu: bool, walk: Walk, pool=_NO_POOL, window=None
 ) -> None:
     """`tensors` are the operator's, in order; grad_x and grad_raw may be x and the raw residual."""
+    _check_vectors(grad_x, tensors[2:7], tensors[7:13])
     if grad_x.numel() > 0:
         arguments = (*tensors, grad_x, grad_raw, *walk.sizes, *pool)
         apply_kernel[walk.grid](*arguments, WINDOW=window, RELU=relu, **walk.options)

@@ -86,6 +86,17 @@ def beside(x: Tensor, **others: Tensor | None) -> None:
             raise RuntimeError(f"resfuse: {name} must have the first tensor's shape and strides")
 
 
+def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
+    """Raise unless these are per-channel vectors beside x: kernels read them by the number of a channel."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != x.shape[1:2] or vector.device != x.device or not vector.is_contiguous():
+            raise RuntimeError(f"resfuse: {name} must be contiguous of shape {tuple(x.shape[1:2])} and on {x.device}")
+        if vector.dtype != accumulate_dtype(x.dtype):
+            raise RuntimeError(f"resfuse: {name} must be {accumulate_dtype(x.dtype)}, got {vector.dtype}")
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
