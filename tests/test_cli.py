@@ -166,6 +166,10 @@ def test_ctrl_c_keeps_what_is_measured(quick, tmp_path, monkeypatch):
     told = invoke("bench", "unit", "--shape", "1x4x3x3", "--rounds", 1, "--output", file, "--html", html)
     assert told.exit_code == 130 and "resfuse: interrupted" in told.stderr
     assert len(read(file)) == 2 and html.read_text() == "2 rows"
+    calls.clear()
+    told = invoke("bench", "unit", "--shape", "1x4x3x3", "--rounds", 1, "--output", file, "--html", tmp_path)
+    assert told.exit_code == 2 and f"cannot write {tmp_path}: Is a directory" in told.stderr.replace("\n", " ")
+    assert len(read(file)) == 4
 
 
 @needs_native

@@ -202,10 +202,13 @@ def _measure(
     say(describe(where), "dim")
     measured: list[Record] = []
     ended = _collect(rows, count, text, output, measured)
-    if page is not None and html is not None and measured:
-        page.write_html(measured, html)
-        say(f"Written: {html}")
     say(f"{len(measured)} of {count} rows are in {output}" if measured else "nothing was measured")
+    if page is not None and html is not None and measured:
+        try:
+            page.write_html(measured, html)
+        except OSError as error:
+            raise stop(f"cannot write {html}: {error.strerror}") from None
+        say(f"Written: {html}")
     if ended is not None:
         raise stop(*ended)
     return measured
