@@ -131,7 +131,7 @@ def _device_name(index: int) -> str:
 
 
 @functools.cache
-def _has_room(index: int) -> bool:
+def has_room(index: int) -> bool:
     """Whether a multiprocessor has the shared memory that our products are scheduled for; else they do not launch."""
     from resfuse._triton.configs import TARGETS
 
@@ -155,7 +155,7 @@ def choose(unit: str, device: torch.device, dtype: torch.dtype, conv: Conv, pixe
     if device.type != "cuda":
         return "fused"
     index = torch.cuda.current_device() if device.index is None else device.index
-    if not _has_room(index):
+    if not has_room(index):
         return "composed"
     measured = lookup(table_of(_device_name(index)), unit, dtype, conv, pixels)
     return rule(dtype, conv) if measured is None else measured

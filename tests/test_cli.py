@@ -12,7 +12,7 @@ from stand_in import Machine
 from typer.testing import CliRunner
 
 import resfuse
-from resfuse import backends, cli, models, ops
+from resfuse import Folded, backends, cli, models, ops
 from resfuse.bench import gate, networks, profiling, scaling, units
 from resfuse.bench.records import read
 
@@ -84,6 +84,14 @@ def test_doctor_finds_a_kernel_that_computes_wrong(monkeypatch):
     monkeypatch.setattr(ops, "add_relu", lambda *operands: right(*operands) * 1.01)
     told = invoke("doctor")
     assert told.exit_code == 1 and "FAILED a wrong result: add_relu" in told.output
+
+
+@needs_native
+def test_doctor_finds_a_folded_network_that_computes_wrong(monkeypatch):
+    right = Folded.forward
+    monkeypatch.setattr(Folded, "forward", lambda self, x: right(self, x) * 1.05)
+    told = invoke("doctor")
+    assert told.exit_code == 1 and "folded output" in told.output
 
 
 def test_doctor_fails_without_native_kernels_only_where_it_is_asked_to(monkeypatch):

@@ -55,7 +55,7 @@ def test_a_table_answers_for_shapes_near_those_measured():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(choices, "_has_room", lambda index: True)
+    monkeypatch.setattr(choices, "has_room", lambda index: True)
     choices.table_of.cache_clear()
     yield tmp_path
     choices.table_of.cache_clear()
@@ -79,7 +79,7 @@ def test_a_gpu_without_room_for_the_fused_kernels_composes(monkeypatch):
     """Compute capability 8.6 and 8.9 have 99 KiB of shared memory for a block, 8.0 has 163."""
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(choices, "_device_name", lambda index: "a GPU that was not measured")
-    monkeypatch.setattr(choices, "_has_room", choices._has_room.__wrapped__)  # what it says is kept for a process
+    monkeypatch.setattr(choices, "has_room", choices.has_room.__wrapped__)  # what it says is kept for a process
     for kibibytes, expected in ((99, "composed"), (163, "fused"), (227, "fused")):
         properties = SimpleNamespace(shared_memory_per_block_optin=kibibytes * 1024)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, found=properties: found)

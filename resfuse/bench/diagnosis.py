@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import os
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from resfuse import BatchNorm2dParameters, backends, functional, ops
+from resfuse import BatchNorm2dParameters, backends, fold, functional, fuse, ops
 from resfuse.bench.conv_cases import ConvInputs, conv_cases
 from resfuse.bench.environment import environment
 from resfuse.bench.gate import Gate, RefusedError
@@ -23,6 +25,7 @@ from resfuse.bench.peers import PEERS
 from resfuse.bench.shapes import ConvShape
 from resfuse.bench.unit_cases import Inputs, cases
 from resfuse.bench.units import check
+from resfuse.models import resnet
 
 _PACKAGES = (
     "torch", "torchvision", "numpy", "triton", "onnx", "onnxscript", "onnxruntime", "openvino", "typer", "rich",
@@ -121,6 +124,9 @@ def _sizes(folder: Path) -> dict[str, Any]:
 
 def self_test() -> Iterator[dict[str, Any]]:
     """Every available backend on small shapes, against float64; one result after another."""
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"fused and folded block {str(dtype).removeprefix('torch.')}"
+        yield _tested(name, partial(_block, dtype))
     for status in backends.available():
         device = "cpu" if status.device == "any" else status.device
         if status.available and status.backend != "native":
@@ -156,6 +162,35 @@ def _composition(backend: str, device: str) -> int:
     gate.check(backend, relative_l2(out, right), 2 * FLOOR[torch.float32], "output")
     gate.check(backend, relative_l2(ours.grad, exact.grad), 4 * FLOOR[torch.float32], "gradient")
     return 2
+
+
+def _block(dtype: torch.dtype) -> int:
+    """A bottleneck on the CPU: fused, folding in training, output and gradients; then folded for inference."""
+    torch.manual_seed(0)
+    stock = resnet.Bottleneck(4 * _SHAPE[1], _SHAPE[1])
+    images = torch.randn(_SHAPE[0], 4 * _SHAPE[1], *_SHAPE[2:])
+    fused = fuse(copy.deepcopy(stock), folding=True)
+
+    def step(model: nn.Module, wide: bool) -> dict[str, Tensor]:
+        x = images.to(torch.float64 if wide else torch.float32, copy=True, memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and not wide):
+            out = model(x.requires_grad_())
+        out.to(x.dtype).square().mean().backward()
+        assert x.grad is not None
+        return {"output": out.detach(), "gradient": x.grad, "weight's gradient": model.conv3.weight.grad}  # type: ignore
+
+    exact = step(copy.deepcopy(stock).double(), True)
+    errors = [{name: relative_l2(found[name], exact[name]) for name in exact}
+              for found in (step(copy.deepcopy(stock), False), step(fused, False))]  # fmt: skip
+    gate = Gate(f"block {dtype}")
+    for name, bound in errors[0].items():
+        gate.check("fused", errors[1][name], 2 * bound + FLOOR[dtype], name)
+    stock.eval()
+    with torch.no_grad():
+        exact_out, out = stock.double()(images.double()), stock.to(dtype=dtype)(images.to(dtype))
+        served = fold(stock.float(), dtype=dtype)(images.to(dtype))
+    gate.check("folded", relative_l2(served, exact_out), 2 * relative_l2(out, exact_out) + FLOOR[dtype], "output")
+    return len(exact) + 1
 
 
 def _native(device: str, dtype: torch.dtype) -> int:

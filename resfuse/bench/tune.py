@@ -147,7 +147,7 @@ def tune(
         Path: the table, which calls in later processes read.
 
     Raises:
-        RuntimeError: there is no GPU or no Triton kernel for it, or candidates disagree.
+        RuntimeError: there is no GPU or no Triton kernel for it, or it has no room for ours, or candidates disagree.
         ValueError: a network has no such name.
     """
     kind = torch.device(device).type
@@ -155,6 +155,8 @@ def tune(
         raise RuntimeError(f"tune measures kernels on a GPU, and there is none as {device!r}: nothing was measured")
     if (reason := ops.missing_triton["cuda"]) is not None:
         raise RuntimeError(f"tune needs Triton's kernels: {reason}")
+    if not choices.has_room(torch.cuda.current_device() if (index := torch.device(device).index) is None else index):
+        raise RuntimeError(f"tune has nothing to choose from: {device!r} has too little shared memory for our products")
     from resfuse._triton.candidates import CANDIDATES
 
     rows: list[dict[str, Any]] = []
