@@ -257,7 +257,7 @@ def test_a_cell_is_what_is_measured_not_when():
         cell(row) == cell({**row, "quick": True, "weight": None}) == ("units", "moments", "", "1x2", "", "", "float32")
     )
     assert cell(row) != cell({**row, "weight": [1, 1]})
-    with pytest.raises(ValueError, match="suite must be one of units, blocks, models, scaling, got None"):
+    with pytest.raises(ValueError, match="suite must be one of units, blocks, models, scaling, serving, got None"):
         cell({})
     assert timings({"variants": {"a": {"median_ms": 1}, "b": {"saved_bytes": 1}}}) == {"a": {"median_ms": 1}}
 
