@@ -4,7 +4,7 @@ import pytest
 import torch
 from numerics import image, leaf
 from test_blocks import SHORTCUTS, TRAIN_EVAL, Unit, check, inputs
-from test_tiles import kept_images
+from test_folded_blocks import kept_images
 
 from resfuse import functional, ops
 from resfuse.nn import batch_norm_parameters, conv_parameters

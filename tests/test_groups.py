@@ -3,7 +3,8 @@
 import pytest
 import torch
 from numerics import image, leaf
-from test_tiles import CONVS, DTYPES, LAST, Bottleneck, check_folding, native, operands
+from test_folded_blocks import Bottleneck, check_folding, native
+from test_tiles import CONVS, DTYPES, LAST, operands
 from torch import nn
 from torch.library import opcheck
 

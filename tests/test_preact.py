@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from numerics import CHAIN_MARGIN, GRADIENT_MARGIN, assert_all_as_exact, image, judged, leaf
 from test_blocks import Unit, native, randomise
+from test_folded_blocks import kept_images
 from test_fusion import nodes
-from test_tiles import kept_images
 from torch import nn
 
 from resfuse import Moments, backends, functional, ops, reference

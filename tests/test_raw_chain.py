@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import image, leaf
-from test_tiles import Bottleneck, native
+from test_folded_blocks import Bottleneck, native
 from torch import nn
 
 from resfuse import backends, functional, ops
