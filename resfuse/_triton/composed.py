@@ -61,6 +61,8 @@ def _output_gradient(
         return grad_y
     if mean is None:
         raise ValueError("y needs its mean")
+    if (grad_mean is None) != (grad_var is None):
+        raise ValueError("grad_mean and grad_var come together")
     check_prologue(affine, mean, y.shape[1], "y_affine")
     scale, shift = (torch.ones_like(mean), torch.zeros_like(mean)) if affine is None else _scale_shift(affine, mean)
     masked = relu and affine is not None

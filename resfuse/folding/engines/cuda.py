@@ -5,6 +5,7 @@ It has not run on a GPU yet; `make gpu-check` runs its tests (tests/test_gpu_fol
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,6 +21,7 @@ from resfuse.folding.engines import calls, reference
 from resfuse.folding.plan import Plan, Step
 
 _MAX_GRAPHS = 16  # shapes that are captured; each keeps the memory of its activations
+_log = logging.getLogger(__name__)
 _WARMUP, _CALLS = 3, 10
 
 Measure = Callable[[calls.Run, list[Tensor]], float]
@@ -115,9 +117,10 @@ def fastest(found: Mapping[str, calls.Run], inputs: list[Tensor], seconds: Measu
     for name, run in found.items():
         try:
             times[name] = measure(run, inputs)
-        except (RuntimeError, NotImplementedError):  # whether a kernel takes a shape, only it knows
+        except (RuntimeError, NotImplementedError) as error:  # whether a kernel takes a shape, only it knows
             if name == "plain":
                 raise
+            _log.info("%s is out for inputs of %s: %s", name, [tuple(x.shape) for x in inputs], error)
     return found[min(times, key=times.__getitem__)]
 
 
