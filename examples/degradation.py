@@ -257,12 +257,12 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> lis
         console.print("stopped; the same command continues")
         return []
     draw(results, settings.depths, args.output_dir)
-    print_table(results, settings.depths, console)
+    print_table(results, settings.depths, settings.test_images, console)
     console.print(f"Figures: {args.output_dir}/*.png", highlight=False)
     if args.publish is not None:
         shown = "--quick " if settings == QUICK else ""
         command = f"python examples/degradation.py {shown}--dataset {' '.join(args.dataset)} --seed {args.seed}"
-        publish(results, settings.depths, args.output_dir, args.publish, command, args.device)
+        publish(results, settings.depths, settings.test_images, args.output_dir, args.publish, command, args.device)
     return results
 
 

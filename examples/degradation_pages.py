@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,14 +135,18 @@ def _sides(figure: Figure, axes: list[Any], found: dict[str, Result], depths: tu
 _DRAWN = {"curves": (3, _curves), "gradients": (2, _gradients), "surface": (2, _contours), "surface-3d": (2, _sides)}
 
 
-def verdicts(results: list[Result], depths: tuple[int, int]) -> list[str]:
-    """Whether depth made the training error worse, of plain and of residual networks, in one sentence each."""
+def verdicts(results: list[Result], depths: tuple[int, int], images: int) -> list[str]:
+    """Whether depth made the training error worse, of plain and of residual networks, in one sentence each.
+
+    An error is a share of so many images: what lies within two standard errors of such shares is no difference.
+    """
     errors = {(r.dataset, r.name): r.errors[0] for r in results}
     sentences = []
     for dataset in dict.fromkeys(r.dataset for r in results):
         for kind in ("plain", "residual"):
             shallow, deep = (errors[dataset, f"{kind}-{depth}"] for depth in depths)
-            word = "worse than" if deep > shallow else "no worse than"
+            spread = math.sqrt(sum(error * (100 - error) for error in (shallow, deep)) / images)
+            word = "worse than" if deep - shallow > 2 * spread else "no worse than"
             sentences.append(
                 f"{dataset}: {kind}-{depths[1]} is {word} {kind}-{depths[0]} on its training set, "
                 f"{deep:.1f}% errors against {shallow:.1f}%."
@@ -157,18 +162,18 @@ def _rows(results: list[Result]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-def print_table(results: list[Result], depths: tuple[int, int], console: Console) -> None:
+def print_table(results: list[Result], depths: tuple[int, int], images: int, console: Console) -> None:
     head, *rows = _rows(results)
     table = Table(*head)
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for sentence in verdicts(results, depths):
+    for sentence in verdicts(results, depths, images):
         console.print(sentence, highlight=False)
 
 
 def publish(
-    results: list[Result], depths: tuple[int, int], folder: Path, page: Path, command: str, device: str
+    results: list[Result], depths: tuple[int, int], images: int, folder: Path, page: Path, command: str, device: str
 ) -> None:
     """Stage 4: copy the figures beside the page, and write them, the table and the command between its markers."""
     where = describe(environment(device.partition(":")[0]))  # before anything is written into a clean checkout
@@ -187,11 +192,12 @@ def publish(
     parts = [
         f"    {command}\n",
         f"On {where}.\n",
-        *(f"* {sentence}" for sentence in verdicts(results, depths)),
+        *(f"* {sentence}" for sentence in verdicts(results, depths, images)),
         "",
         *lines,
         "",
-        "Last loss is the mean over the last 20 batches, CPU seconds those of the training steps.\n",
+        f"Errors are shares of {images} images, so differences within two standard errors of them count as none. Last loss "
+        "is the mean over the last 20 batches, CPU seconds those of the training steps.\n",
         "\n".join(pictures),
     ]
     before, rest = text.split(START)

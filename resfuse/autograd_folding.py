@@ -137,9 +137,9 @@ def _branch_gradients(
         grad_weight = torch.empty_like(branch.weight).copy_(grad_weight[:, :, None, None])
     if need_x:
         correction = _gram(_as_image(matrix * (slope / -pixels)[:, None]), _as_image(matrix), [1, 1], backend)  # -Q
-        rounded = correction.to(branch.x.dtype).float()
+        correction = correction.to(branch.x.dtype).float()  # as kernels multiply it, so that row cancels its mean
         folded = branch.folded()
-        row = (folded.float() * (grad_bias / -pixels)[:, None]).sum(0) - (rounded * branch.a_mean[:, None]).sum(0)
+        row = (folded.float() * (grad_bias / -pixels)[:, None]).sum(0) - (correction * branch.a_mean[:, None]).sum(0)
         source = (branch.x, branch.affine, branch.mean)
         grad_x, sums = ops.of(backend).expand_bn_act_backward_input(dz, *source, relu, folded, correction, row, stride)
     return BranchGradients(

@@ -57,7 +57,7 @@ SCHEMAS = (
     "scale_shift_relu_maxpool_backward_apply_(Tensor grad_out, Tensor indices, Tensor(a!) x, Tensor scale, "
     "Tensor shift, Tensor mean, Tensor? grad_mean, Tensor? grad_var, int[2] kernel_size, int[2] stride, "
     "int[2] padding) -> ()",
-    "tile_kernels(Tensor like) -> bool",
+    "tile_kernels(Tensor like) -> int",
     "conv_stats(Tensor x, Tensor? affine, Tensor? mean, Tensor weight, bool relu, int[2] stride, "
     "int[2] padding, int[2] dilation, int groups, bool moments) -> (Tensor y, Tensor y_mean, Tensor y_var)",
     "conv_stats_backward(Tensor grad_y, Tensor? y, Tensor? y_affine, Tensor? y_mean, Tensor? grad_mean, "
@@ -219,7 +219,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scale_shift_relu_maxpool_backward_reduce": lambda grad_out, indices, x, *_: _vector(x, 2, x.shape[1]),
     "scale_shift_relu_maxpool_backward_apply": lambda grad_out, indices, x, *_: torch.empty_like(x),
     "scale_shift_relu_maxpool_backward_apply_": lambda *_: None,
-    "tile_kernels": lambda like: False,
+    "tile_kernels": lambda like: 0,
     "conv_stats": _fake_conv_stats,
     "conv_stats_backward": _fake_conv_stats_backward,
     "conv_stats_backward_": _fake_conv_stats_backward_,
@@ -328,12 +328,14 @@ scale_shift_relu_maxpool_backward_reduce = _ops.scale_shift_relu_maxpool_backwar
 scale_shift_relu_maxpool_backward_apply = _ops.scale_shift_relu_maxpool_backward_apply.default
 scale_shift_relu_maxpool_backward_apply_ = _ops.scale_shift_relu_maxpool_backward_apply_.default
 tile_kernels = _ops.tile_kernels.default
-# The dtypes for which this machine has tile kernels: convolutions with a prologue and an epilogue.
-tile_dtypes: frozenset[torch.dtype] = frozenset(
-    dtype
+# The dtypes for which this machine has tile kernels, convolutions with a prologue and an epilogue, and what those
+# multiply: without AVX512_BF16, bfloat16 as float32.
+tile_operands: dict[torch.dtype, torch.dtype] = {
+    dtype: dtype if size == dtype.itemsize else torch.float32
     for dtype in (torch.float32, torch.bfloat16)
-    if missing_native["cpu"] is None and tile_kernels(torch.empty(0, dtype=dtype, device="cpu"))
-)
+    if missing_native["cpu"] is None and (size := tile_kernels(torch.empty(0, dtype=dtype, device="cpu")))
+}
+tile_dtypes = frozenset(tile_operands)
 conv_stats = _ops.conv_stats.default
 conv_stats_backward = _ops.conv_stats_backward.default
 conv_stats_backward_ = _ops.conv_stats_backward_.default

@@ -82,8 +82,21 @@ def test_figures_and_a_page_are_written(finished):
         with Image.open(folder / "docs" / "figures" / f"degradation-{name}.png") as picture:
             assert picture.format == "PNG" and picture.width > 600 and len(picture.convert("L").getcolors()) > 50
         assert f"(figures/degradation-{name}.png)" in text
-    for sentence in degradation_pages.verdicts(results, TINY.depths):
+    for sentence in degradation_pages.verdicts(results, TINY.depths, TINY.test_images):
         assert f"* {sentence}\n" in text
+
+
+@pytest.mark.parametrize("deep, word", [(0.4, "no worse"), (0.8, "no worse"), (1.4, "worse"), (0.0, "no worse")])
+def test_a_verdict_needs_more_than_an_image_or_two(deep, word):
+    """Of 500 images: 0.2 % is one."""
+    seen = {20: 0.2, 56: deep}
+    results = [
+        degradation_pages.Result("digits", f"{kind}-{depth}", {"points": [(1, error, 9.0)]}, None)
+        for kind in ("plain", "residual")
+        for depth, error in seen.items()
+    ]
+    for sentence in degradation_pages.verdicts(results, (20, 56), 500):
+        assert f"-56 is {word} than " in sentence and f"{deep:.1f}% errors against 0.2%" in sentence
 
 
 def test_the_documentation_holds_a_run():

@@ -70,7 +70,7 @@ def test_folding_a_projection(channels, stride):
 
 
 @pytest.mark.parametrize("folding", [True, False])
-@pytest.mark.skipif(torch.bfloat16 not in ops.tile_dtypes, reason="this processor has no AVX512_BF16")
+@pytest.mark.skipif(torch.bfloat16 not in ops.tile_dtypes, reason="this processor has no bfloat16 tile kernels")
 @pytest.mark.parametrize("shortcut", ["identity", "tensor", "projection"])
 def test_folding_under_autocast(shortcut, folding):
     unit = Bottleneck(3, 64, 16, shortcut)

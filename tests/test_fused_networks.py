@@ -336,7 +336,7 @@ def test_functional_transforms_run(name):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(torch.bfloat16 not in ops.tile_dtypes, reason="this processor has no AVX512_BF16")
+@pytest.mark.skipif(torch.bfloat16 not in ops.tile_dtypes, reason="this processor has no bfloat16 tile kernels")
 @SAMPLE
 def test_autocast(name):
     model = stock(NETWORKS[name])

@@ -176,7 +176,7 @@ def test_an_empty_batch_has_moments_of_zero(path, shortcut):
 
 
 @needs_tiles
-@pytest.mark.skipif(torch.bfloat16 not in ops.tile_dtypes, reason="this processor has no AVX512_BF16")
+@pytest.mark.skipif(torch.bfloat16 not in ops.tile_dtypes, reason="this processor has no bfloat16 tile kernels")
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
 def test_a_chain_under_autocast(shortcut):
     net = Preact(shortcut, channels=32, out=64)

@@ -63,7 +63,7 @@ def joined(found, exact):
 @pytest.mark.parametrize("blocks", range(1, 9))
 def test_a_step_is_as_exact_as_stocks(blocks, dtype, folding):
     if dtype == torch.bfloat16 and dtype not in ops.tile_dtypes and folding is not None:
-        pytest.skip("this processor has no bfloat16 tile kernels (AVX512_BF16): nothing folds")
+        pytest.skip("this processor has no bfloat16 tile kernels: nothing folds")
     rng = random.Random(blocks)
     net, channels = random_net(blocks, rng)
     mean, size = rng.choice([0.0, 1.0, 30.0]), (rng.choice([13, 16, 23]), rng.choice([11, 15, 16]))

@@ -26,7 +26,7 @@ def test_the_callers_gradient_is_left_alone(folding, activation):
     assert torch.equal(grad_out, kept) and x.grad.norm() > 1
 
 
-@pytest.mark.skipif(torch.bfloat16 not in ops.tile_dtypes, reason="no bfloat16 tile kernels (AVX512_BF16)")
+@pytest.mark.skipif(torch.bfloat16 not in ops.tile_dtypes, reason="this processor has no bfloat16 tile kernels")
 def test_autocast_casts_float32_inputs_and_residuals():
     unit = Bottleneck(3, 64, 16, "tensor")
     x, residual = (image((2, 64, 6, 6), layout="channels_last") for _ in range(2))

@@ -269,11 +269,22 @@ def program(dtype=torch.float32):
 
 @FLOATS
 def test_opcheck(dtype):
-    if dtype not in ops.tile_dtypes:
-        pytest.skip(f"needs tile kernels for {dtype}")
+    if dtype not in ops.tile_operands.values():
+        pytest.skip(f"this processor does not multiply {dtype}")
     opcheck(ops.run_plan, tuple(program(dtype)))
     for groups, shape in ((1, (40, 5, 3, 3)), (4, (64, 4, 1, 1)), (36, (36, 1, 3, 3)), (3, (51, 7, 1, 2))):
         opcheck(ops.pack_weight, (torch.randn(shape).to(dtype), groups))
+
+
+def test_what_the_processor_does_not_multiply_is_refused():
+    dtype = torch.bfloat16
+    if dtype in ops.tile_operands.values():
+        pytest.skip(f"this processor multiplies {dtype}")
+    inputs, *rest = program()
+    with pytest.raises(RuntimeError, match="does not multiply"):
+        ops.run_plan([x.to(dtype) for x in inputs], *rest)
+    with pytest.raises(RuntimeError, match="does not multiply"):
+        ops.pack_weight(torch.randn(8, 4, 3, 3).to(dtype), 1)
 
 
 def test_kernels_refuse_what_they_cannot_read():

@@ -34,8 +34,8 @@ struct JoinedProduct {
   JoinedProduct(const ConvShape& first, const Branch<T, W>& other)
       : shape(first),
         branch(other),
-        plan(shape, false, sizeof(T), kTilePixels, kPatchBytes, branch.unit_stride()),
-        second(plan.beside({branch.shape, false, sizeof(T), kTilePixels, kPatchBytes})),
+        plan(shape, false, sizeof(operand_t<T>), kTilePixels, kPatchBytes, branch.unit_stride()),
+        second(plan.beside({branch.shape, false, sizeof(operand_t<T>), kTilePixels, kPatchBytes})),
         step(pixel_units<T>(shape.in_channels)),
         second_step(pixel_units<T>(branch.shape.in_channels)),
         second_begin(plan.patch_pixels() * step),
@@ -49,9 +49,9 @@ struct JoinedProduct {
     unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, 1, false, lane_scale);
     pack_appended<T>(branch.weight, taps, appended, packed);
     const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
-      fill_patch<T>(plan, tile, source, 0, shape.in_channels, reinterpret_cast<T*>(patch), step * kUnit<T>);
-      fill_patch<T>(second, tile, branch.source, 0, branch.shape.in_channels,
-                    reinterpret_cast<T*>(patch + second_begin), second_step * kUnit<T>);
+      fill_patch(plan, tile, source, 0, shape.in_channels, reinterpret_cast<operand_t<T>*>(patch), step * kUnit<T>);
+      fill_patch(second, tile, branch.source, 0, branch.shape.in_channels,
+                    reinterpret_cast<operand_t<T>*>(patch + second_begin), second_step * kUnit<T>);
     };
     const auto ahead = [&](const Tile& tile, Prefetcher& to) {
       prefetch_tile(plan, tile, source, to);

@@ -44,8 +44,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const OptionalTen
   return {y, y_mean, y_var};
 }
 
-// Whether this machine runs tile kernels on activations like this one.
-bool tile_kernels(const Tensor& like) { return tiles_support(like.scalar_type()); }
+// The bytes of a value as tile kernels multiply it, for activations like this one; 0 where there are none.
+int64_t tile_kernels(const Tensor& like) {
+  if (!tiles_support(like.scalar_type())) return 0;
+  return tiles_multiply(like.scalar_type()) ? static_cast<int64_t>(like.element_size()) : 4;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
   m.impl("conv_stats", TORCH_BOX(&conv_stats));

@@ -26,7 +26,7 @@ void input_gradient_tiles(const ConvShape& shape, const OutputGradient<T>& grad,
 template <class T, class W>
 void gradient_of_weight(const ConvShape& shape, const OutputGradient<T>& grad, const Activation<T>& source,
                         const WeightLayout& layout, W* grad_weight) {
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (kUnit<T> == 1) {
     if (winograd_pays<T>(shape)) return winograd_weight_gradient(shape, grad, source, layout, grad_weight);
   }
   weight_gradient_tiles<T>(shape, grad, source, layout, grad_weight);

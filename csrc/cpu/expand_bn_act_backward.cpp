@@ -18,8 +18,8 @@ RESFUSE_TILES_BEGIN
 struct ConstantRow {
   std::vector<float> rows;
 
-  ConstantRow(const float* vector, int64_t channels, float) : rows(vector, vector + channels) {}
-  ConstantRow(const float* vector, int64_t channels, BFloat16) : rows(static_cast<size_t>(2 * channels)) {
+  ConstantRow(const float* vector, int64_t channels, const float*) : rows(vector, vector + channels) {}
+  ConstantRow(const float* vector, int64_t channels, const uint32_t*) : rows(static_cast<size_t>(2 * channels)) {
     for (int64_t c = 0; c < channels; ++c) {
       const auto i = static_cast<size_t>(c);
       rows[i] = round_to<BFloat16>(vector[c]);
@@ -33,15 +33,15 @@ struct ConstantRow {
 template <class T>
 void expand_input_tiles(const ConvShape& shape, const T* dz, const Activation<T>& source, const T* weight,
                         const float* correction, const float* row, InputGradient<T> epilogue, float* sums_out) {
-  const Plan plan(shape, true, sizeof(T), kTilePixels, kPatchBytes);
-  const Plan second = plan.beside({shape, false, sizeof(T), kTilePixels, kPatchBytes});
+  const Plan plan(shape, true, sizeof(operand_t<T>), kTilePixels, kPatchBytes);
+  const Plan second = plan.beside({shape, false, sizeof(operand_t<T>), kTilePixels, kPatchBytes});
   const int64_t channels = shape.in_channels, pixels = plan.patch_pixels();
   const int64_t dz_step = pixel_units<T>(shape.out_channels), a_step = pixel_units<T>(channels);
   const int64_t a_begin = pixels * dz_step, constant_at = a_begin + pixels * a_step;
   Taps taps(plan, 1, kUnit<T>, dz_step);
   const int64_t a_weight = taps.append(a_begin, ceil_div(channels, kUnit<T>), a_step);
   const int64_t constant_weight = taps.append(constant_at, 1, 0);
-  const ConstantRow constant(row, channels, T{});
+  const ConstantRow constant(row, channels, static_cast<const unit_t<T>*>(nullptr));
   unit_t<T>* packed = pack_weight<T>(plan, taps, weight, WeightLayout{{channels, 1, 1, 1}}, 1, true);
   pack_appended<T>(WeightView<float>{correction, channels, channels, 1, channels, nullptr}, taps, a_weight, packed);
   pack_appended<T>(WeightView<float>{constant.rows.data(), channels, kUnit<T>, 1, channels, nullptr}, taps,
@@ -51,8 +51,8 @@ void expand_input_tiles(const ConvShape& shape, const T* dz, const Activation<T>
   epilogue.sums = &sums;
   const OutputGradient<T> grad{dz, nullptr, shape.out_channels, nullptr, nullptr, nullptr, nullptr, nullptr};
   const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
-    fill_patch<T>(plan, tile, grad, 0, shape.out_channels, reinterpret_cast<T*>(patch), dz_step * kUnit<T>);
-    fill_patch<T>(second, tile, source, 0, channels, reinterpret_cast<T*>(patch + a_begin), a_step * kUnit<T>);
+    fill_patch(plan, tile, grad, 0, shape.out_channels, reinterpret_cast<operand_t<T>*>(patch), dz_step * kUnit<T>);
+    fill_patch(second, tile, source, 0, channels, reinterpret_cast<operand_t<T>*>(patch + a_begin), a_step * kUnit<T>);
     ConstantRow::set(patch + constant_at);
   };
   const auto ahead = [&](const Tile& tile, Prefetcher& to) {

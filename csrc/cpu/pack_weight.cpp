@@ -7,7 +7,7 @@
 namespace resfuse::cpu {
 
 Tensor pack_weight_rows(const Tensor& weight, int64_t groups) {
-  STD_TORCH_CHECK(tiles_support(weight.scalar_type()), "resfuse: this machine has no tile kernels for weight's dtype");
+  STD_TORCH_CHECK(tiles_multiply(weight.scalar_type()), "resfuse: this machine does not multiply weight's dtype");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "resfuse: weight must be 4D and not empty");
   STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0, "resfuse: groups must divide weight's K");
   Tensor packed = weight;

@@ -209,7 +209,7 @@ Tensors run_plan(const Tensors& inputs, const Tensors& constants, const std::vec
                  const std::vector<int64_t>& sizes) {
   STD_TORCH_CHECK(!inputs.empty(), "resfuse: a plan needs an input");
   const Tensor& x = inputs[0];
-  STD_TORCH_CHECK(tiles_support(x.scalar_type()), "resfuse: this machine has no tile kernels for x's dtype");
+  STD_TORCH_CHECK(tiles_multiply(x.scalar_type()), "resfuse: this machine does not multiply x's dtype");
   for (const Tensor& input : inputs)
     STD_TORCH_CHECK(input.scalar_type() == x.scalar_type() && input.device() == x.device(),
                     "resfuse: inputs must have one dtype and device");

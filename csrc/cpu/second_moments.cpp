@@ -38,7 +38,7 @@ void find_pivot(const ConvShape& shape, const Activation<T>& source, int64_t pix
 template <class T>
 void second_moments_tiles(const ConvShape& shape, const Activation<T>& source, float* pivot, float* mean,
                           float* covariance) {
-  const Plan plan(shape, false, sizeof(T), kWeightPixels, kWeightPatchBytes);
+  const Plan plan(shape, false, sizeof(operand_t<T>), kWeightPixels, kWeightPatchBytes);
   const WeightSums sums(plan, 1, true, true);
   const int64_t channels = shape.in_channels, pixels = plan.images * plan.height.out * plan.width.out;
   float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());

@@ -34,9 +34,14 @@ class Lowering:
         # kept beside the tensors, whose memory may lie on disk until they are packed
         weights = [step.weight for step in steps if isinstance(step, plans.Convolution | plans.Linear)]
         self.weights = {name: tensors[name].shape for name in weights}
-        self.dtype = tensors[weights[0]].dtype
+        # what kernels multiply: without AVX512_BF16 bfloat16 networks are computed in float32
+        self.dtype = ops.tile_operands[tensors[weights[0]].dtype]
         self.constants: list[Tensor] = []
         self._indices: dict[tuple[str, ...], int] = {}
+
+    def weight(self, name: str) -> Tensor:
+        """A convolution's or linear layer's weight, as it is packed."""
+        return self.tensors[name].to(self.dtype)
 
     def constant(self, key: tuple[str, ...], make: Callable[[], Tensor]) -> int:
         """The index of a constant that is made once."""
@@ -255,24 +260,24 @@ class _Draft:
 
     def _with_weight(self, result: Step, step: plans.Convolution) -> Step:
         """The kernel that convolves, and its weight, packed as it reads it."""
-        name, tensors, narrow = step.weight, self.lowering.tensors, self._narrow(step.input)
-        constant = self.lowering.constant
+        name, narrow = step.weight, self._narrow(step.input)
+        constant, read = self.lowering.constant, self.lowering.weight
         if self._winograd(step):
-            weight = constant((name, "winograd"), lambda: _winograd_weight(tensors[name]))
+            weight = constant((name, "winograd"), lambda: _winograd_weight(read(name)))
             return replace(result, kind=StepKind.WINOGRAD, weight=weight)
         if narrow:
-            weight = constant((name, "narrow", str(narrow)), lambda: _narrow_weight(tensors[name], narrow))
+            weight = constant((name, "narrow", str(narrow)), lambda: _narrow_weight(read(name), narrow))
             run, dilation = result.kernel[1] * narrow, (step.dilation[0], 1)
             return replace(result, weight=weight, run=run, kernel=(result.kernel[0], 1), dilation=dilation)
-        weight = constant((name,), lambda: ops.pack_weight(tensors[name], step.groups))
+        weight = constant((name,), lambda: ops.pack_weight(read(name), step.groups))
         return replace(result, weight=weight)
 
     def _with_projection(self, result: Step, step: plans.Convolution, other: plans.Convolution) -> Step:
         """One product over the channels of both: [x | projected] [weight | projection]^T."""
-        tensors = self.lowering.tensors
+        read = self.lowering.weight
         weight = self.lowering.constant(
             (step.weight, other.weight),
-            lambda: ops.pack_weight(torch.cat([tensors[step.weight], tensors[other.weight]], 1), 1),
+            lambda: ops.pack_weight(torch.cat([read(step.weight), read(other.weight)], 1), 1),
         )
         bias = self._sum(step.bias, other.bias, self.lowering.weights[step.weight][0])
         second = self._value(other.input)
@@ -293,9 +298,9 @@ class _Draft:
 
     def _linear(self, place: Step, step: plans.Linear) -> Step:
         """A 1x1 convolution of maps of one pixel."""
-        name, tensors = step.weight, self.lowering.tensors
+        name, read = step.weight, self.lowering.weight
         lanes, channels = self.lowering.weights[name]
-        weight = self.lowering.constant((name,), lambda: ops.pack_weight(tensors[name][:, :, None, None], 1))
+        weight = self.lowering.constant((name,), lambda: ops.pack_weight(read(name)[:, :, None, None], 1))
         bias, relu = self._vector(step.bias, lanes), step.activation == "relu"
         return replace(place, kind=StepKind.CONVOLUTION, weight=weight, bias=bias, relu=relu, run=channels)
 

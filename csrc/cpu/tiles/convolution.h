@@ -19,7 +19,7 @@ class Convolution {
     if (winograd_pays<T>(shape)) {
       blocks_.emplace(shape, backward);
     } else {
-      taps_.emplace(shape, backward, sizeof(T), kTilePixels, kPatchBytes);
+      taps_.emplace(shape, backward, sizeof(operand_t<T>), kTilePixels, kPatchBytes);
     }
   }
   const Plan& plan() const { return blocks_ ? *blocks_ : *taps_; }
@@ -32,9 +32,9 @@ class Convolution {
     const auto ahead = [&](const Tile& tile, Prefetcher& to) { prefetch_tile(plan(), tile, source, to); };
     const int64_t step = pixel_units<T>(plan().in_channels), kernel_width = shape_.width.kernel;
     const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
-      fill_patch<T>(plan(), tile, source, 0, plan().in_channels, reinterpret_cast<T*>(patch), step * kUnit<T>);
+      fill_patch(plan(), tile, source, 0, plan().in_channels, reinterpret_cast<operand_t<T>*>(patch), step * kUnit<T>);
     };
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kUnit<T> == 1) {
       if (blocks_) {
         const float* packed = pack_winograd(*blocks_, weight, layout, backward_, lane_scale);
         return run_winograd(*blocks_, packed, slabs(), fill, ahead, epilogue);

@@ -1,4 +1,4 @@
-// The instructions that tile kernels are written for: AVX-512, and AVX512_BF16 for bfloat16.
+// The instructions that tile kernels are written for: AVX-512, and AVX512_BF16 for bfloat16 where a processor has it.
 //
 // Tile kernels multiply small matrices that lie in cache. They are compiled for one instruction set, chosen here, and
 // run only where `tiles_support` says so; elsewhere convolutions stay torch's and only the passes around them are ours.
@@ -18,6 +18,9 @@
 
 #if RESFUSE_HAS_TILES
 #include <cpuid.h>
+
+#include <cstdlib>
+#include <cstring>
 #endif
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -35,16 +38,35 @@ inline bool has_amx() {
 #endif
 }
 
+// Whether this processor multiplies pairs of bfloat16 (AVX512_BF16). Without it tile kernels multiply bfloat16
+// activations as floats. RESFUSE_AVX512_BF16=0 does so everywhere, for tests.
+inline bool multiplies_bfloat16() {
+#if RESFUSE_HAS_TILES
+  static const bool found = [] {
+    const char* setting = std::getenv("RESFUSE_AVX512_BF16");
+    return __builtin_cpu_supports("avx512bf16") && (setting == nullptr || std::strcmp(setting, "0") != 0);
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
 // Whether this machine runs tile kernels on activations of `dtype`.
 inline bool tiles_support(torch::headeronly::ScalarType dtype) {
 #if RESFUSE_HAS_TILES
   static const bool avx512 = __builtin_cpu_supports("x86-64-v4");
-  static const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16") && !has_amx();
+  static const bool bfloat16 = avx512 && !has_amx();
   if (dtype == torch::headeronly::ScalarType::Float) return avx512;
   if (dtype == torch::headeronly::ScalarType::BFloat16) return bfloat16;
 #endif
   (void)dtype;
   return false;
+}
+
+// Whether they multiply its values as they are, not as floats.
+inline bool tiles_multiply(torch::headeronly::ScalarType dtype) {
+  return tiles_support(dtype) && (dtype == torch::headeronly::ScalarType::Float || multiplies_bfloat16());
 }
 
 }  // namespace resfuse::cpu

@@ -36,6 +36,9 @@ template <class T>
 using unit_t = typename UnitOf<T>::type;
 template <class T>
 constexpr int64_t kUnit = UnitOf<T>::kWidth;
+// A value of an activation as it lies in a patch: bfloat16, or a float that was one and is multiplied as it is.
+template <class T>
+using operand_t = std::conditional_t<kUnit<T> == 1, float, T>;
 
 RESFUSE_LANES Lanes512 broadcast_unit(float a) { return _mm512_set1_ps(a); }
 RESFUSE_LANES __m512i broadcast_unit(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../memory.h"
-#include "isa.h"
+#include "lanes.h"
 #include "plan.h"
 
 namespace resfuse::cpu {
@@ -122,13 +122,19 @@ inline WeightLayout weight_layout(const Tensor& weight) {
   return {{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
 }
 
+#if RESFUSE_HAS_TILES
 // Call f with values of the activation's and the weight's storage types: float beside either, or both bfloat16.
 template <class F>
 void with_tile_types(const Tensor& x, const Tensor& weight, const F& f) {
   const bool wide = weight.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(wide || weight.scalar_type() == x.scalar_type(), "resfuse: weight must be float32 or in x's dtype");
   if (x.scalar_type() == ScalarType::Float) return f(float{}, float{});
-  wide ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
+  if (multiplies_bfloat16()) {
+    wide ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
+  } else {
+    wide ? f(WideBFloat16{}, float{}) : f(WideBFloat16{}, WideBFloat16{});
+  }
 }
+#endif
 
 }  // namespace resfuse::cpu

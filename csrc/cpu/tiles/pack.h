@@ -1,7 +1,7 @@
 // Weights as panels: for 32 channels side by side, every unit of the inner product in the order of its taps.
 //
 // A panel's lanes are output channels of the product: K forward, C backward to the input. Weights are rounded to the
-// activation's dtype here, so that float32 parameters need no cast beside bfloat16 activations. Of a grouped weight,
+// what is multiplied here, so that float32 parameters need no cast beside bfloat16 activations. Of a grouped weight,
 // what a lane reads of other groups is zero.
 #pragma once
 
@@ -72,7 +72,7 @@ RESFUSE_LANES __m512i row_units(const W* from, int64_t first, int64_t last, floa
   const auto load = [&](int64_t i) RESFUSE_INLINE_LAMBDA {
     return _mm512_mul_ps(load_lanes(from + i, lane_mask(i, first, last)), _mm512_set1_ps(scale));
   };
-  if constexpr (sizeof(T) == 4) return _mm512_castps_si512(load(0));
+  if constexpr (kUnit<T> == 1) return _mm512_castps_si512(load(0));
   const __m256i low = round_to_bfloat16(load(0)), high = round_to_bfloat16(load(16));
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }

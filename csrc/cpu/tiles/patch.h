@@ -20,22 +20,22 @@ namespace resfuse::cpu {
 // Units between the pixels of a patch: an odd number of cache lines, so that pixels do not compete for the same sets.
 template <class T>
 int64_t pixel_units(int64_t channels) {
-  const int64_t bytes = round_up(channels, kLanes) * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = round_up(channels, kLanes) * static_cast<int64_t>(sizeof(operand_t<T>));
   return (ceil_div(bytes, 64) | 1) * 16;
 }
 
 // Sixteen values as they lie in a patch.
 RESFUSE_LANES Lanes512 rounded(Lanes512 value, float) { return value; }
+RESFUSE_LANES Lanes512 rounded(Lanes512 value, WideBFloat16) { return value; }
 RESFUSE_LANES __m256i rounded(Lanes512 value, BFloat16) { return round_to_bfloat16(value); }
 RESFUSE_LANES Lanes512 raw(const float* from, LaneMask mask) { return load_lanes(from, mask); }
+RESFUSE_LANES Lanes512 raw(const WideBFloat16* from, LaneMask mask) { return load_lanes(from, mask); }
 RESFUSE_LANES __m256i raw(const BFloat16* from, LaneMask mask) {
   return mask == kAllLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
                            : _mm256_maskz_loadu_epi16(mask, from);
 }
 RESFUSE_LANES Lanes512 widened(Lanes512 value) { return value; }
-RESFUSE_LANES Lanes512 widened(__m256i value) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(value), 16));
-}
+RESFUSE_LANES Lanes512 widened(__m256i value) { return widen_halves(value); }
 RESFUSE_LANES void store_rounded(float* to, Lanes512 value) { _mm512_storeu_ps(to, value); }
 RESFUSE_LANES void store_rounded(BFloat16* to, __m256i value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
@@ -146,9 +146,9 @@ struct ShiftedActivation {
   }
 };
 
-// `count` pixels from `pixel` on, `step` apart, of channels [begin, end), to `to_step` values apart.
-template <bool kComputed, class T, class S>
-void fill_pixels(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end, T* to,
+// `count` pixels from `pixel` on, `step` apart, of channels [begin, end), to `to_step` operands apart.
+template <bool kComputed, class O, class S>
+void fill_pixels(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end, O* to,
                  int64_t to_step) {
   const int64_t whole = begin + (end - begin) / kLanes * kLanes;
   for (int64_t i = 0; i < count; ++i, pixel += step, to += to_step) {
@@ -159,16 +159,16 @@ void fill_pixels(const S& source, int64_t pixel, int64_t step, int64_t count, in
   }
 }
 
-template <class T, class S>
-void fill_row(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end, T* to,
+template <class O, class S>
+void fill_row(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end, O* to,
               int64_t to_step) {
   if (source.computed()) return fill_pixels<true>(source, pixel, step, count, begin, end, to, to_step);
   fill_pixels<false>(source, pixel, step, count, begin, end, to, to_step);
 }
 
 // Rows of a patch: patch pixel (r, c) at to + (r * columns + c) * step values; what lies outside the input is zero.
-template <class T, class S>
-void fill_patch(const Plan& plan, const Tile& tile, const S& source, int64_t begin, int64_t end, T* to, int64_t step) {
+template <class O, class S>
+void fill_patch(const Plan& plan, const Tile& tile, const S& source, int64_t begin, int64_t end, O* to, int64_t step) {
   const AxisPlan &h = plan.height, &w = plan.width;
   const int64_t rows = h.patch(tile.rows), columns = w.patch(tile.columns);
   const int64_t first_row = tile.row * h.base_step + h.origin, first = tile.column * w.base_step + w.origin;
@@ -178,12 +178,12 @@ void fill_patch(const Plan& plan, const Tile& tile, const S& source, int64_t beg
   for (int64_t r = 0; r < rows; ++r, to += columns * step) {
     const int64_t row = (first_row + r) * h.in_step;
     if (row < 0 || row >= h.in) {
-      std::memset(static_cast<void*>(to), 0, static_cast<size_t>(columns * step) * sizeof(T));
+      std::memset(static_cast<void*>(to), 0, static_cast<size_t>(columns * step) * sizeof(O));
       continue;
     }
     const auto clear = [&](int64_t from, int64_t count) {
       if (count > 0)
-        std::memset(static_cast<void*>(to + from * step), 0, static_cast<size_t>(count * step) * sizeof(T));
+        std::memset(static_cast<void*>(to + from * step), 0, static_cast<size_t>(count * step) * sizeof(O));
     };
     clear(0, left);
     const int64_t pixel = (tile.image * h.in + row) * w.in + (first + left) * w.in_step;

@@ -191,8 +191,8 @@ struct InputSide {
       }
       return q;
     }
-    T* values = reinterpret_cast<T*>(patch);
-    fill_patch<T>(plan, tile, input, begin, end, values, patch_step * kUnit<T>);
+    auto* values = reinterpret_cast<operand_t<T>*>(patch);
+    fill_patch(plan, tile, input, begin, end, values, patch_step * kUnit<T>);
     if constexpr (kUnit<T> == 1) {
       return patch;
     } else {
@@ -354,7 +354,7 @@ void write_weight_gradient(const ConvShape& shape, const WeightSums& sums, const
 template <class T, class W, class G>
 void weight_gradient_tiles(const ConvShape& shape, const G& grad, const Activation<T>& source,
                            const WeightLayout& layout, W* grad_weight, float* column_sums = nullptr) {
-  const Plan plan(shape, false, sizeof(T), kWeightPixels, kWeightPatchBytes);
+  const Plan plan(shape, false, sizeof(operand_t<T>), kWeightPixels, kWeightPatchBytes);
   const WeightSums sums(plan, shape.taps(), column_sums != nullptr);
   float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
   SlabSums columns(column_sums == nullptr ? 0 : sums.slabs, shape.out_channels, 1);

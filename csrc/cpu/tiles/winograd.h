@@ -27,7 +27,7 @@ constexpr int64_t kProductBytes = 512 << 10;  // products of some panels, before
 template <class T>
 bool winograd_pays(const ConvShape& shape) {
   const auto fits = [](const ConvAxis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1 && a.out >= 6; };
-  return sizeof(T) == 4 && shape.groups == 1 && fits(shape.height) && fits(shape.width) && shape.height.padding <= 2 &&
+  return kUnit<T> == 1 && shape.groups == 1 && fits(shape.height) && fits(shape.width) && shape.height.padding <= 2 &&
          shape.width.padding <= 2 && shape.in_channels >= 32 && shape.out_channels >= 32;
 }
 

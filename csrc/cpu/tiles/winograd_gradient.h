@@ -70,8 +70,8 @@ struct GradientShares {
 };
 
 // Into `totals`, (slabs, size) of sums.
-template <class G>
-void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const Activation<float>& input,
+template <class G, class A>
+void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& input,
                            const WeightSums& sums, const GradientShares& shares, float* totals) {
   const int64_t tiles = plan.tiles(), step = plan.step, input_step = plan.blocks * step;
   const int64_t grad_step = pixel_units<float>(shares.most_octets() * kWeightChannels);
@@ -97,7 +97,7 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const Activa
       int64_t blocks = 0;
       for (int64_t index = first; index < end; ++index) {
         const Tile tile = plan.tile(index), whole = WinogradPlan::whole(tile);
-        fill_patch<float>(plan, whole, input, 0, plan.in_channels, patch, step);
+        fill_patch(plan, whole, input, 0, plan.in_channels, patch, step);
         transform_patch(patch, whole.rows, whole.columns, plan.in_channels, step, inputs + blocks * step, input_step,
                         positions);
         const auto transform = grad.computed() ? transform_gradients<true, G> : transform_gradients<false, G>;
@@ -162,8 +162,8 @@ inline void positions_to_taps(const WeightSums& sums, float* totals) {
   });
 }
 
-template <class W, class G>
-void winograd_weight_gradient(const ConvShape& shape, const G& grad, const Activation<float>& source,
+template <class W, class G, class A>
+void winograd_weight_gradient(const ConvShape& shape, const G& grad, const A& source,
                               const WeightLayout& layout, W* grad_weight) {
   const WinogradPlan plan(shape, false, kGradientPixels, kGradientBlocks);
   const WeightSums sums(plan, kPositions);

@@ -134,7 +134,7 @@ class _Native:
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        images = [x[:, :, None, None] if x.dim() == 2 else x for x in inputs]
+        images = [(x[:, :, None, None] if x.dim() == 2 else x).to(self._lowering.dtype) for x in inputs]
         shapes = tuple(x.shape for x in images)
         found = self._programs.get(shapes)
         if found is None:
@@ -144,4 +144,4 @@ class _Native:
                     self._programs = {}
                 self._programs[shapes] = found
         outputs = ops.run_plan(images, *found)
-        return [out.flatten(1) if flat else out for out, flat in zip(outputs, self._flat, strict=True)]
+        return [(out.flatten(1) if flat else out).to(inputs[0].dtype) for out, flat in zip(outputs, self._flat, strict=True)]
