@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from resfuse import autograd_norm, reference
+from resfuse import autograd_norm, autograd_wide, reference
 from resfuse.autograd import MomentsFunction
-from resfuse.backends import choose
+from resfuse.backends import choose, emulated
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
+from resfuse.raw import geometry
 
 
 def transformed() -> bool:
@@ -40,6 +41,11 @@ def as_dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def convolved_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution of x runs: autocast's, or x's own."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
+
+
 def bump_versions(*norms: BatchNorm2dParameters | None) -> None:
     """Tell autograd that the operators have changed the running statistics, as torch's own in-place operators do."""
     if torch.compiler.is_compiling():
@@ -53,7 +59,10 @@ def bump_versions(*norms: BatchNorm2dParameters | None) -> None:
 
 
 def convolve(x: Tensor, conv: Conv2dParameters) -> Tensor:
-    """The convolution itself, by torch."""
+    """The convolution itself, by torch; in float32 where torch would emulate the dtype."""
+    dtype = convolved_dtype(x)
+    if emulated(x.device.type, dtype) and not isinstance(conv.padding, str) and not transformed():
+        return autograd_wide.convolve(x.to(dtype), conv.weight, conv.bias, geometry(conv))
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -153,6 +153,11 @@ def why_not_raw(
     return None
 
 
+def emulated(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch's convolutions of this dtype are emulated: bfloat16 on a CPU that has no instruction for it."""
+    return device == "cpu" and ops.tile_operands.get(dtype, dtype) != dtype
+
+
 def folds(in_channels: int, out_channels: int, pixels: int, requested: bool | None = None) -> bool:
     """Whether an expanding 1x1 convolution is folded with its batch normalisation in training.
 

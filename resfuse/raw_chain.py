@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse._calls import autocasts, bump_versions, serving_backend
+from resfuse._calls import bump_versions, convolved_dtype, serving_backend
 from resfuse.autograd import MomentsFunction
 from resfuse.autograd_conv import conv_norm, conv_norm_act
 from resfuse.autograd_folding import expand_norm_act
@@ -25,10 +25,6 @@ from resfuse.raw import Raw, as_pair, geometry
 from resfuse.reference import PreactLayer
 
 Layer = tuple[Conv2dParameters, BatchNorm2dParameters]
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
 
 
 def _group_channels(conv: Conv2dParameters) -> tuple[int, int]:
@@ -66,12 +62,12 @@ def why_not(x: Tensor, convs: Sequence[Conv2dParameters], backend: str | None) -
         return "the reference runs"
     if x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
         return "x is empty or not channels_last"
-    return why_not_convs(convs, x.device.type, _dtype(x), backend)
+    return why_not_convs(convs, x.device.type, convolved_dtype(x), backend)
 
 
 def _as_input(x: Tensor) -> Tensor:
     """x in the dtype of the convolutions, channels_last."""
-    return x.to(_dtype(x)).contiguous(memory_format=torch.channels_last)
+    return x.to(convolved_dtype(x)).contiguous(memory_format=torch.channels_last)
 
 
 def _is_pointwise(conv: Conv2dParameters) -> bool:

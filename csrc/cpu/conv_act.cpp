@@ -51,7 +51,7 @@ struct JoinedProduct {
     const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
       fill_patch(plan, tile, source, 0, shape.in_channels, reinterpret_cast<operand_t<T>*>(patch), step * kUnit<T>);
       fill_patch(second, tile, branch.source, 0, branch.shape.in_channels,
-                    reinterpret_cast<operand_t<T>*>(patch + second_begin), second_step * kUnit<T>);
+                 reinterpret_cast<operand_t<T>*>(patch + second_begin), second_step * kUnit<T>);
     };
     const auto ahead = [&](const Tile& tile, Prefetcher& to) {
       prefetch_tile(plan, tile, source, to);

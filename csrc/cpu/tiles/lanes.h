@@ -1,7 +1,8 @@
 // Sixteen lanes: loads and stores of activations as float vectors, and the formulas of math.h on them.
 //
-// bfloat16 has two types here: BFloat16, which is multiplied in pairs, and WideBFloat16, for processors that cannot: the
-// same bits in memory, a float from the load to the store. The lanes of a vector are channels. A mask names the channels that exist, so that any C is a whole number of vectors.
+// bfloat16 has two types here: BFloat16, which is multiplied in pairs, and WideBFloat16, for processors that cannot:
+// the same bits in memory, a float from the load to the store. The lanes of a vector are channels. A mask names the
+// channels that exist, so that any C is a whole number of vectors.
 #pragma once
 
 #include <type_traits>
@@ -63,8 +64,8 @@ RESFUSE_LANES __m256i round_wide(Lanes512 value) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(
-      _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+  return _mm512_cvtepi32_epi16(
+      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
 }
 
 // Pairs of bfloat16: `first` in the lower half of each lane, `second` in the upper.

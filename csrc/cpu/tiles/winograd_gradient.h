@@ -71,8 +71,8 @@ struct GradientShares {
 
 // Into `totals`, (slabs, size) of sums.
 template <class G, class A>
-void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& input,
-                           const WeightSums& sums, const GradientShares& shares, float* totals) {
+void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& input, const WeightSums& sums,
+                           const GradientShares& shares, float* totals) {
   const int64_t tiles = plan.tiles(), step = plan.step, input_step = plan.blocks * step;
   const int64_t grad_step = pixel_units<float>(shares.most_octets() * kWeightChannels);
   const int64_t position_step = plan.blocks * grad_step, count = shares.count();
@@ -163,8 +163,8 @@ inline void positions_to_taps(const WeightSums& sums, float* totals) {
 }
 
 template <class W, class G, class A>
-void winograd_weight_gradient(const ConvShape& shape, const G& grad, const A& source,
-                              const WeightLayout& layout, W* grad_weight) {
+void winograd_weight_gradient(const ConvShape& shape, const G& grad, const A& source, const WeightLayout& layout,
+                              W* grad_weight) {
   const WinogradPlan plan(shape, false, kGradientPixels, kGradientBlocks);
   const WeightSums sums(plan, kPositions);
   float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
