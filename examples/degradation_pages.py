@@ -196,8 +196,8 @@ def publish(
         "",
         *lines,
         "",
-        f"Errors are shares of {images} images, so differences within two standard errors of them count as none. Last loss "
-        "is the mean over the last 20 batches, CPU seconds those of the training steps.\n",
+        f"Errors are shares of {images} images, so differences within two standard errors of them count as none. "
+        "Last loss is the mean over the last 20 batches, CPU seconds those of the training steps.\n",
         "\n".join(pictures),
     ]
     before, rest = text.split(START)

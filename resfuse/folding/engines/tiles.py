@@ -144,4 +144,5 @@ class _Native:
                     self._programs = {}
                 self._programs[shapes] = found
         outputs = ops.run_plan(images, *found)
-        return [(out.flatten(1) if flat else out).to(inputs[0].dtype) for out, flat in zip(outputs, self._flat, strict=True)]
+        dtype = inputs[0].dtype
+        return [(out.flatten(1) if flat else out).to(dtype) for out, flat in zip(outputs, self._flat, strict=True)]
