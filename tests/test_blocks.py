@@ -78,6 +78,18 @@ class Unit(nn.Module):
         return function(x, *layers, x if self.shortcut == "identity" else residual, **options)
 
 
+@torch.no_grad()
+def settle(unit, x, residual):
+    """Running statistics become those of this batch, so that eval too normalises."""
+    momenta, training = [bn.momentum for bn in unit.norms], unit.training
+    for bn in unit.norms:
+        bn.momentum = 1.0
+    unit.train()(x.to(unit.convs[0].weight.dtype), None if residual is None else residual.float())
+    for bn, momentum in zip(unit.norms, momenta, strict=True):
+        bn.momentum = momentum
+    unit.train(training)
+
+
 def outcome(unit, call, x, residual, grad_out):
     """The output, every gradient and every buffer of one path, by name."""
     x, residual = leaf(x), leaf(residual)
@@ -176,6 +188,7 @@ def test_autocast(depth, shortcut, training):
         nn.init.constant_(bn.bias, 4.0)
         nn.init.uniform_(bn.weight, 0.25, 0.5)
     x, residual = inputs((4, 16, 6, 6), 16, shortcut, torch.bfloat16)
+    settle(unit, x, residual)
     found = check(unit, x, residual, autocast=torch.bfloat16)
     assert found["out"].dtype == torch.bfloat16
     assert found["grad_convs.0.weight"].dtype == found["grad_norms.0.weight"].dtype == torch.float32
