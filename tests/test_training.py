@@ -1,6 +1,5 @@
 """A whole training run on real digits: the fused network ends where stock does, and twice at the same bits."""
 
-import math
 import statistics
 
 import pytest
@@ -46,19 +45,19 @@ def train(cropped, seed, *, fused, autocast=None, steps=None):
 
 @needs_native
 def test_200_fused_steps_end_within_the_spread_of_five_stock_seeds(cropped):
+    """The median of three fused runs: a single one leaves the spread now and then, as a sixth stock run would."""
     assert digits.ticks(RUN) == 200
     ends = [digits.held_out(train(cropped, seed, fused=False)[0], cropped) for seed in SEEDS]
-    losses, accuracies = zip(*ends, strict=True)
-    # from the seed in the middle of the spread, so that leaving it takes more than the roundings of 200 steps
-    seed = losses.index(statistics.median(losses))
-    lowest = min(accuracies)
-    standard_error = math.sqrt(lowest * (1 - lowest) / RUN.test_digits)
+    spread = [(min(values), max(values)) for values in zip(*ends, strict=True)]
+    # the seeds in the middle of the spread, so that leaving it takes more than the roundings of 200 steps
+    middle = sorted(SEEDS, key=lambda seed: ends[seed][0])[1:-1]
     for name, autocast in DTYPES.items():
         if autocast is not None and backends.missing("bn_act", "native", "cpu", autocast) is not None:
             continue
-        loss, accuracy = digits.held_out(train(cropped, seed, fused=True, autocast=autocast)[0], cropped)
-        assert min(losses) <= loss <= max(losses), f"{name} from seed {seed}: {loss}, stock {losses}"
-        assert accuracy >= lowest - standard_error, f"{name} from seed {seed}: {accuracy}, stock {accuracies}"
+        found = [digits.held_out(train(cropped, s, fused=True, autocast=autocast)[0], cropped) for s in middle]
+        loss, accuracy = map(statistics.median, zip(*found, strict=True))
+        assert spread[0][0] <= loss <= spread[0][1], f"{name} from seeds {middle}: {found}, stock {ends}"
+        assert accuracy >= spread[1][0], f"{name} from seeds {middle}: {found}, stock {ends}"
 
 
 @needs_native
