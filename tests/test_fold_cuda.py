@@ -1,13 +1,15 @@
 """What can be shown of the CUDA engine without a GPU: its candidates' arithmetic and its choice among them."""
 
+import contextlib
+
 import pytest
 import torch
 from folded import settle
 
 import resfuse
 from resfuse import backends
-from resfuse.folding.engines import cuda
-from resfuse.folding.plan import Convolution
+from resfuse.folding.engines import cuda, reference
+from resfuse.folding.plan import Convolution, Plan
 from resfuse.models.cifar import CifarResNet
 
 needs_native = pytest.mark.skipif(
@@ -48,6 +50,38 @@ def test_the_fastest_that_works_is_chosen():
     found["plain"] = refuse
     with pytest.raises(RuntimeError, match="no engine for this shape"):
         cuda.fastest(found, [torch.zeros(1)], seconds)
+
+
+def test_each_shape_has_kernels_of_its_own(monkeypatch):
+    """Measured once when it comes, then captured; past the last, those of the first shape, as they are."""
+    steps = (
+        Convolution(0, 1, weight="w", bias="b", activation="relu"),
+        Convolution(1, 2, weight="w", bias="b", residual=1, activation="relu"),
+    )
+    tensors = {"w": torch.randn(4, 4, 1, 1), "b": torch.randn(4)}
+    measured, captured = [], []
+
+    def seconds(run, inputs):
+        measured.append(inputs[0].shape[2])
+        return 1.0
+
+    def capture(run, x):
+        captured.append(x.shape[2])
+        return lambda x: (captured.append("replayed"), run(x))[1]
+
+    monkeypatch.setattr(cuda, "_device_seconds", seconds)
+    monkeypatch.setattr(cuda, "_Graph", capture)
+    monkeypatch.setattr(cuda, "_MAX_SHAPES", 2)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    images = {size: torch.randn(2, 4, size, size) for size in (5, 7, 9)}
+    wanted = {size: reference.run(Plan(steps, 2), tensors, {}, x) for size, x in images.items()}
+    run, first = cuda.prepare(Plan(steps, 2), tensors, {}, images[5])
+    torch.testing.assert_close(first, wanted[5])
+    for size in (7, 5, 7, 9):
+        torch.testing.assert_close(run(images[size]), wanted[size])
+    assert sorted(set(measured)) == [5, 7] and measured.count(5) == measured.count(7)
+    assert captured == [5, 7, "replayed", "replayed"]
 
 
 def test_the_engine_serves_no_cpu():

@@ -168,6 +168,25 @@ def test_copies_give_the_same_bits(model, images, called):
         assert not other.training and str(resfuse.explain(other)) == str(resfuse.explain(folded))
 
 
+class Shifted(nn.Module):
+    """Writes its input, as some do to save memory."""
+
+    def forward(self, x):
+        return x.sub_(0.5).div_(0.25)
+
+
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+def test_a_stock_part_that_writes_its_input_does_so_once_a_call(images, backend):
+    network = settle(nn.Sequential(Shifted(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), images.clone())
+    x = images.clone()
+    folded = resfuse.fold(network, backend=backend)
+    first = folded(images.clone())
+    torch.testing.assert_close(first, network(images.clone()), atol=1e-5, rtol=1e-5)
+    assert torch.equal(folded(images.clone()), first)
+    resfuse.fold(network, backend=backend, example_input=x)
+    assert torch.equal(x, images)
+
+
 def test_a_network_with_stock_parts_is_pickled(images):
     folded = resfuse.fold(settle(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), images))
     assert torch.equal(pickle.loads(pickle.dumps(folded))(images), folded(images))
@@ -295,7 +314,7 @@ def test_a_convolution_that_adds_its_own_input_does_not_write_over_it(backend):
     )
     weights = {name: torch.randn(8, 8, 3, 3) / 8 for name in ("first", "second")}
     x = torch.randn(2, 8, 12, 12).contiguous(memory_format=torch.channels_last)
-    run = engines.ENGINES[backend].prepare(Plan(steps, 2), weights, {}, x)
+    run, _ = engines.ENGINES[backend].prepare(Plan(steps, 2), weights, {}, x)
     y = nn.functional.conv2d(x, weights["first"], padding=1)
     wanted = torch.relu(nn.functional.conv2d(y, weights["second"], padding=1) + y)
     torch.testing.assert_close(run(x), wanted, atol=1e-5, rtol=1e-5)

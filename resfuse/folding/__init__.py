@@ -72,7 +72,7 @@ def fold(
     device = torch.device("cpu") if first is None else first.device
     choose(folded.plan, device, dtype, backend)  # a missing backend raises now
     if example_input is not None:
-        folded(example_input)
+        folded(example_input.clone())  # a stock part may write its input
     return folded
 
 

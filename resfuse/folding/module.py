@@ -93,8 +93,8 @@ class Folded(nn.Module):
                 return reference.run(self.plan, *self._parts(), x.to(self._dtype))
             with torch.no_grad():
                 x = self._laid_out(x)
-                run = self._run or self._prepared(x)
-                return run(x)
+                run = self._run
+                return self._first(x) if run is None else run(x)
 
     def _check(self, x: Tensor) -> None:
         """Raise an error that says what x must be; a network whose first step is no convolution takes any shape."""
@@ -108,14 +108,17 @@ class Folded(nn.Module):
             return x.to(self._dtype).contiguous(memory_format=self._memory_format)
         return x.to(self._dtype)
 
-    def _prepared(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """What runs the plan. The first call prepares it; other threads that come meanwhile wait."""
+    def _first(self, x: Tensor) -> Tensor:
+        """The first call prepares what runs the plan; other threads that come meanwhile wait."""
         with self._lock:
-            if self._run is None:
+            run = self._run
+            if run is None:
                 engine = engines.ENGINES[engines.choose(self.plan, x.device, self._dtype, self.backend)]
                 tensors, modules = self._parts()
-                self._run = engine.prepare(self.plan, OneAtATime(tensors) if self._mapped else tensors, modules, x)
-            return self._run
+                tensors = OneAtATime(tensors) if self._mapped else tensors
+                self._run, out = engine.prepare(self.plan, tensors, modules, x)
+                return out
+        return run(x)
 
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
         """What the plan's names stand for."""

@@ -1,4 +1,7 @@
-"""Engines: what runs a plan. Each has `missing` and `prepare`; the first that serves a device and dtype is chosen."""
+"""Engines: what runs a plan. Each has `missing` and `prepare`; the first that serves a device and dtype is chosen.
+
+`prepare` runs the plan once: it returns what runs it again, and that first result.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from resfuse.folding.plan import INPUT, Plan, Step
 
+Prepared = tuple[Callable[[Tensor], Tensor], Tensor]
+"""What runs a plan, and the result of the run that prepared it: a step that writes its input has then done so once."""
+
 Run = Callable[..., Tensor]
 """Computes one step from the values that it reads, in their order."""
 
@@ -27,7 +30,7 @@ Make = Callable[[Step, list[Tensor], tuple[int, ...]], Run]
 """Given a step, the tensors that it reads and the values that die with it, makes what computes it."""
 
 
-def prepare(plan: Plan, x: Tensor, make: Make) -> Callable[[Tensor], Tensor]:
+def prepare(plan: Plan, x: Tensor, make: Make) -> Prepared:
     """Run the plan once, making each step's run from what it reads then.
 
     Args:
@@ -36,7 +39,7 @@ def prepare(plan: Plan, x: Tensor, make: Make) -> Callable[[Tensor], Tensor]:
         make (Make): called once for each step, in order.
 
     Returns:
-        Callable[[Tensor], Tensor]: runs the plan; any number of threads may call it at once if they may call the runs.
+        Prepared: any number of threads may run it at once if they may call the steps' runs.
     """
     values = {INPUT: x}
     calls = []
@@ -47,7 +50,7 @@ def prepare(plan: Plan, x: Tensor, make: Make) -> Callable[[Tensor], Tensor]:
         for value in dying:
             del values[value]
         calls.append(call)
-    return partial(_run, tuple(calls), plan.output)
+    return partial(_run, tuple(calls), plan.output), values[plan.output]
 
 
 def _run(calls: tuple[Call, ...], output: int, x: Tensor) -> Tensor:

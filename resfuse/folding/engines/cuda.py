@@ -20,7 +20,7 @@ from resfuse.folding import plan as plans
 from resfuse.folding.engines import calls, reference
 from resfuse.folding.plan import Plan, Step
 
-_MAX_GRAPHS = 16  # shapes that are captured; each keeps the memory of its activations
+_MAX_SHAPES = 16  # of which each has kernels of its own and a graph, which keeps the memory of its activations
 _log = logging.getLogger(__name__)
 _WARMUP, _CALLS = 3, 10
 
@@ -39,8 +39,8 @@ def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def prepare(
     plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Choose kernels for the shapes of x, in one run of the plan; a graph is captured for each shape that comes.
+) -> calls.Prepared:
+    """Choose kernels and capture a graph for x's shape, in one run of the plan; likewise for each shape that comes.
 
     Args:
         plan (Plan): what to compute.
@@ -48,8 +48,8 @@ def prepare(
         x (Tensor): (N, C, H, W), in the plan's dtype and memory format.
 
     Returns:
-        Callable[[Tensor], Tensor]: runs the plan; threads take turns. A plan with stock modules is never captured: what
-        they do may wait for the host.
+        calls.Prepared: threads take turns. A plan with stock modules is never captured: what they do may wait for the
+        host.
     """
 
     def make(step: Step, inputs: list[Tensor], dying: tuple[int, ...]) -> calls.Run:
@@ -57,8 +57,9 @@ def prepare(
             return fastest(candidates(step, tensors), inputs)
         return partial(reference.apply, step, tensors, modules)
 
-    run = calls.prepare(plan, x, make)
-    return run if any(isinstance(step, plans.Stock) for step in plan.steps) else _Graphs(run)
+    captured = not any(isinstance(step, plans.Stock) for step in plan.steps)
+    run = _Shapes(lambda x: calls.prepare(plan, x, make), captured)
+    return run, run(x)
 
 
 def candidates(step: plans.Convolution, tensors: Mapping[str, Tensor]) -> dict[str, calls.Run]:
@@ -136,24 +137,33 @@ def _device_seconds(run: calls.Run, inputs: list[Tensor]) -> float:
     return start.elapsed_time(end) / 1e3 / _CALLS
 
 
-class _Graphs:
-    """The network as one graph for each shape of its input."""
+class _Shapes:
+    """The network for each shape of its input: the steps that were chosen for it, and a graph of them."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
-        self._run = run
+    def __init__(self, prepare: Callable[[Tensor], calls.Prepared], captured: bool) -> None:
+        self._prepare, self._captured = prepare, captured
+        self._steps: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
         self._graphs: dict[torch.Size, _Graph] = {}
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.cuda.is_current_stream_capturing():
-            return self._run(x)  # into the caller's graph
+        if torch.cuda.is_current_stream_capturing():  # nothing can be measured now
+            return self._steps_for(x)(x)
         with self._lock, torch.cuda.device(x.device):
+            if x.shape not in self._steps and len(self._steps) < _MAX_SHAPES:
+                steps, out = self._prepare(x)
+                if self._captured:
+                    self._graphs[x.shape] = _Graph(steps, x)
+                self._steps[x.shape] = steps
+                return out
             graph = self._graphs.get(x.shape)
-            if graph is None:
-                if len(self._graphs) == _MAX_GRAPHS:
-                    return self._run(x)
-                graph = self._graphs[x.shape] = _Graph(self._run, x)
-            return graph(x)
+            if graph is not None:
+                return graph(x)
+        return self._steps_for(x)(x)
+
+    def _steps_for(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Those of its shape, or else of the first one, as they are."""
+        return self._steps.get(x.shape) or next(iter(self._steps.values()))
 
 
 class _Graph:

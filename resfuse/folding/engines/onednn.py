@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def prepare(
     plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor
-) -> Callable[[Tensor], Tensor]:
+) -> calls.Prepared:
     """Pack the weights for inputs like x, in one run of the plan; other inputs are served too.
 
     Args:
@@ -51,7 +51,7 @@ def prepare(
         x (Tensor): (N, C, H, W), in the plan's dtype and memory format.
 
     Returns:
-        Callable[[Tensor], Tensor]: runs the plan; any number of threads may call it at once.
+        calls.Prepared: any number of threads may run it at once.
     """
     producers = {step.output: step for step in plan.steps}
 

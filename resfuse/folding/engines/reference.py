@@ -108,5 +108,5 @@ def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def prepare(plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor) -> Any:
-    """What runs the plan on inputs like x."""
-    return lambda x: run(plan, tensors, modules, x)
+    """What runs the plan on inputs like x, and its result for x."""
+    return lambda x: run(plan, tensors, modules, x), run(plan, tensors, modules, x)

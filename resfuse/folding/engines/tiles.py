@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resfuse import ops
 from resfuse.folding import plan as plans
-from resfuse.folding.engines import reference
+from resfuse.folding.engines import calls, reference
 from resfuse.folding.lowering import Lowering
 from resfuse.folding.plan import INPUT, Plan, Step
 
@@ -33,7 +33,7 @@ def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def prepare(
     plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor
-) -> Callable[[Tensor], Tensor]:
+) -> calls.Prepared:
     """Cut the plan into runs of steps that `run_plan` knows, and steps in plain torch.
 
     Args:
@@ -42,7 +42,7 @@ def prepare(
         x (Tensor): (N, C, H, W), in the plan's dtype. Weights are packed for it; other shapes are served too.
 
     Returns:
-        Callable[[Tensor], Tensor]: runs the plan; any number of threads may call it at once.
+        calls.Prepared: any number of threads may run it at once.
     """
     pieces = [_piece(plan, steps, tensors, modules) for steps in _cut(plan)]
 
@@ -55,8 +55,7 @@ def prepare(
             values.update(zip(piece.writes, outputs, strict=True))
         return values[plan.output]
 
-    run(x)
-    return run
+    return run, run(x)
 
 
 class _Piece(NamedTuple):
