@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from folded import FLOAT_ENGINES, assert_folded, photographs, settle
+from folded import FLOAT_ENGINES, assert_folded, engines_for, photographs, settle
 from networks import torchvision_models
 from torch import nn
 
@@ -129,6 +129,29 @@ def test_a_sum_that_two_read_keeps_its_own_step():
     assert len(passes) == 6  # each unit's bn1 but the first's, which the stem has; and the tail
     assert all(step.scale is not None and step.activation == "relu" for step in passes)
     assert sum(isinstance(step, Convolution) and step.residual is not None for step in steps) == 6
+
+
+@FLOAT_ENGINES
+@pytest.mark.parametrize("size", [33, 30])
+def test_a_padded_shortcut_of_every_size(size, dtype, backend):
+    """Every second pixel of an odd map is no whole half of it."""
+    images = photographs(4, size)
+    model = settle(CifarResNet(8, shortcut="A"), images)
+    assert_folded(resfuse.fold(model, dtype, backend=backend), model, images, dtype)
+
+
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+@pytest.mark.parametrize("shortcut", [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 1, 1)], ids=["pixel", "channel"])
+def test_a_shortcut_that_torch_would_repeat(shortcut, backend):
+    block = resfuse.models.resnet.BasicBlock(8, 8)
+    block.downsample = shortcut
+    images = torch.randn(2, 8, 6, 6)
+    folded = resfuse.fold(settle(block, images), backend=backend)
+    if backend == "reference":
+        torch.testing.assert_close(folded(images), block(images), atol=1e-5, rtol=1e-5)
+        return
+    with pytest.raises(RuntimeError, match=r"conv2 gives \(2, 8, 6, 6\) and adds .*backend='reference' repeats"):
+        folded(images)
 
 
 def test_every_dtype_and_layout():

@@ -13,7 +13,7 @@ from torch import nn
 
 import resfuse
 from resfuse.folding import engines, pages
-from resfuse.folding.plan import Convolution, Plan, plan_from_data
+from resfuse.folding.plan import Convolution, Plan, ScaleShiftAct, Stock, plan_from_data
 from resfuse.models.cifar import CifarResNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -317,6 +317,23 @@ def test_a_convolution_that_adds_its_own_input_does_not_write_over_it(backend):
     run, _ = engines.ENGINES[backend].prepare(Plan(steps, 2), weights, {}, x)
     y = nn.functional.conv2d(x, weights["first"], padding=1)
     wanted = torch.relu(nn.functional.conv2d(y, weights["second"], padding=1) + y)
+    torch.testing.assert_close(run(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+def test_what_a_stock_part_may_have_kept_is_not_written_over(backend):
+    steps = (
+        Convolution(0, 1, weight="w", padding=(1, 1)),
+        Stock(1, 2, module="view"),
+        Convolution(2, 3, weight="w", padding=(1, 1), residual=1),
+        ScaleShiftAct(3, 4, residual=2),
+    )
+    x = torch.randn(2, 8, 12, 12).contiguous(memory_format=torch.channels_last)
+    weights, modules = {"w": torch.randn(8, 8, 3, 3) / 8}, {"view": nn.Identity()}
+    run, first = engines.ENGINES[backend].prepare(Plan(steps, 4), weights, modules, x)
+    y = nn.functional.conv2d(x, weights["w"], padding=1)
+    wanted = nn.functional.conv2d(y, weights["w"], padding=1) + y + y
+    torch.testing.assert_close(first, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(run(x), wanted, atol=1e-5, rtol=1e-5)
 
 

@@ -104,6 +104,8 @@ class _Draft:
             if min(made) < 1:
                 name = step.names[0] if step.names else type(step).__name__
                 raise RuntimeError(f"the input of {name} is too small: {self.shapes[step.input]} would become {made}")
+            if isinstance(step, plans.Ending) and step.residual is not None:
+                step.check_sum((self.images, *made), (self.images, *self.shapes[step.residual]))
         self.values: list[Value] = []
         self.index: dict[int, int] = {}
         self.steps: list[Step] = []

@@ -6,7 +6,7 @@ named; they lie beside the plan, in a dict or in the buffers of the folded modul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -48,6 +48,14 @@ class Ending(Step):
     @property
     def reads(self) -> tuple[int, ...]:
         return (self.input,) if self.residual is None else (self.input, self.residual)
+
+    def check_sum(self, shape: Sequence[int], residual: Sequence[int]) -> None:
+        """Raise RuntimeError unless the two that are added have one shape: for engines that repeat no values."""
+        if tuple(shape) != tuple(residual):
+            raise RuntimeError(
+                f"{self.names[0] if self.names else 'a step'} gives {tuple(shape)} and adds {tuple(residual)}: this "
+                "engine adds equal shapes only, backend='reference' repeats the smaller"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The oneDNN engine: convolutions whose bias, residual and activation are their epilogue, with weights packed once."""
+"""The oneDNN engine: convolutions whose bias, residual and activation are their epilogue, with weights packed once.
+
+Its ReLU is max(x, 0) of the processor: it gives 0 for NaN.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfuse import ops
@@ -54,12 +58,13 @@ def prepare(
         calls.Prepared: any number of threads may run it at once.
     """
     producers = {step.output: step for step in plan.steps}
+    lent = {step.input for step in plan.steps if isinstance(step, plans.Stock)}  # results may be views of these
 
     def make(step: Step, inputs: list[Tensor], dying: tuple[int, ...]) -> calls.Run:
         if isinstance(step, plans.Convolution):
             own = step.residual in dying and isinstance(producers[step.residual], _FRESH)
-            free = own and step.residual != step.input
-            return _convolution_runner(step, tensors, inputs[0], free)
+            free = own and step.residual != step.input and step.residual not in lent
+            return _convolution_runner(step, tensors, inputs, free)
         if isinstance(step, plans.ScaleShiftAct) and step.activation in ("identity", "relu"):
             return _pass_runner(step, tensors)
         return partial(reference.apply, step, tensors, modules)
@@ -67,10 +72,14 @@ def prepare(
     return calls.prepare(plan, x, make)
 
 
-def _convolution_runner(step: plans.Convolution, tensors: Mapping[str, Tensor], x: Tensor, free: bool) -> calls.Run:
+def _convolution_runner(
+    step: plans.Convolution, tensors: Mapping[str, Tensor], inputs: list[Tensor], free: bool
+) -> calls.Run:
     """`free`: the residual's memory may be written over."""
     geometry: tuple[Any, ...] = (list(step.padding), list(step.stride), list(step.dilation), step.groups)
-    weight = torch.ops.mkldnn._reorder_convolution_weight(tensors[step.weight], *geometry, list(x.shape))
+    if step.residual is not None:
+        step.check_sum(_output_shape(step, tensors[step.weight], inputs[0]), inputs[1].shape)
+    weight = torch.ops.mkldnn._reorder_convolution_weight(tensors[step.weight], *geometry, list(inputs[0].shape))
     bias = None if step.bias is None else tensors[step.bias]
     attribute, scalars, algorithm = _EPILOGUES[step.activation]
     if step.residual is None:
@@ -81,11 +90,18 @@ def _convolution_runner(step: plans.Convolution, tensors: Mapping[str, Tensor], 
     behind = "relu" if attribute == "relu" else None  # nor another activation behind it
 
     def add(x: Tensor, residual: Tensor) -> Tensor:
-        out = residual if free else residual.clone(memory_format=torch.channels_last)
+        # in another layout torch falls back to a sum that knows no bfloat16
+        written = free and residual.is_contiguous(memory_format=torch.channels_last)
+        out = residual if written else residual.clone(memory_format=torch.channels_last)
         out = convolution_add_(out, x, weight, bias, *geometry, "add", 1.0, behind, [], "")
         return out if behind == "relu" else reference.ACTIVATIONS[step.activation](out)
 
     return add
+
+
+def _output_shape(step: plans.Convolution, weight: Tensor, x: Tensor) -> torch.Size:
+    geometry = (step.stride, step.padding, step.dilation, step.groups)
+    return F.conv2d(x.to("meta"), weight.to("meta"), None, *geometry).shape
 
 
 def _pass_runner(step: plans.ScaleShiftAct, tensors: Mapping[str, Tensor]) -> calls.Run:
