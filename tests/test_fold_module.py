@@ -192,6 +192,32 @@ def test_a_network_with_stock_parts_is_pickled(images):
     assert torch.equal(pickle.loads(pickle.dumps(folded))(images), folded(images))
 
 
+def test_torch_save_writes_the_whole_module(model, images, tmp_path):
+    folded = resfuse.fold(model, memory_format=torch.contiguous_format)
+    torch.save(folded, tmp_path / "module.pt")
+    loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert torch.equal(loaded(images), folded(images))
+
+
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format, None], ids=str)
+def test_the_result_has_the_layout_that_was_asked_for(layout, backend, images):
+    network = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 40, 3)), images)
+    folded = resfuse.fold(network, memory_format=layout, backend=backend)
+    compiled = torch.compile(folded, fullgraph=True, backend="eager")
+    for run, x in ((folded, images), (folded, images.contiguous()), (compiled, images)):
+        assert run(x).is_contiguous(memory_format=layout or torch.channels_last)
+        torch.testing.assert_close(run(x), network(images).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_state_dict_that_replaces_the_tensors_brings_its_dtype(model, images):
+    folded, halved = resfuse.fold(model), resfuse.fold(model, torch.bfloat16)
+    folded(images)
+    state = {name: tensor.contiguous() for name, tensor in halved.state_dict().items()}  # in torch's layout, too
+    folded.load_state_dict(state, assign=True)
+    assert folded.dtype == torch.bfloat16 and torch.equal(folded(images), halved(images))
+
+
 def test_moving_to_another_dtype_moves_the_network(model, images):
     folded = resfuse.fold(model)
     folded(images)

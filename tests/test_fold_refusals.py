@@ -102,6 +102,30 @@ def test_weights_that_overflow_the_asked_dtype():
     assert resfuse.fold(model, torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_a_network_that_takes_more_than_one_tensor():
+    class Pair(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    class Sum(nn.Module):
+        def forward(self, images):
+            return torch.stack(list(images)).sum(0)
+
+    with pytest.raises(TypeError, match=r"Pair.forward\(x, y\) cannot be called with one tensor .*fold its parts"):
+        resfuse.fold(Pair().eval())
+    with pytest.raises(TypeError, match=r"x must be a tensor, got list"):
+        resfuse.fold(Sum().eval())([torch.ones(2)])
+
+
+def test_an_input_on_another_device():
+    folded = resfuse.fold(_network())
+    x = torch.randn(1, 3, 32, 32)
+    for _ in range(2):  # not yet prepared, and prepared
+        with pytest.raises(RuntimeError, match=r"x must be on cpu, where the network is, got meta"):
+            folded(x.to("meta"))
+        folded(x)
+
+
 def test_arguments():
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got builtin"):
         resfuse.fold(torch.relu)
@@ -111,6 +135,12 @@ def test_arguments():
         resfuse.fold(_network(), backend="magic")
     with pytest.raises(RuntimeError, match=r"backend='onednn' does not serve this network: .*float64"):
         resfuse.fold(_network().double(), backend="onednn")
+    for layout in ("channels_last", torch.float32):
+        with pytest.raises(TypeError, match=r"memory_format must be a torch.memory_format, got"):
+            resfuse.fold(_network(), memory_format=layout)
+    for layout in (torch.preserve_format, torch.channels_last_3d):
+        with pytest.raises(ValueError, match=r"memory_format must be .*, got torch.(preserve_format|channels_last_3d)"):
+            resfuse.fold(_network(), memory_format=layout)
     model = resfuse.models.resnet.BasicBlock(4, 4).eval()
     model.relu = None
     del model._modules["relu"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,8 @@ def fold(
         model (nn.Module): in eval, every module of it.
         dtype (torch.dtype | None): of weights and activations, such as torch.bfloat16; None is the dtype of the model's
             first parameter. Normalisations are folded in float32 before rounding, in float64 for a float64 model.
-        memory_format (torch.memory_format | None): of activations; None is torch.channels_last.
+        memory_format (torch.memory_format | None): of activations and of the result: torch.channels_last, which None
+            is, or torch.contiguous_format. The tile engine computes in a layout of its own whichever it is.
         example_input (Tensor | None): as the network will get it: shape and device. The engine is prepared with it now;
             without it at the first call. Other shapes are served as well.
         backend (str | None): an engine: "tiles", "onednn", "cuda" or "reference" (plain torch operators); None takes
@@ -47,8 +50,9 @@ def fold(
         `dtype`. It has save and load, a state_dict of its own, and can be copied, pickled, compiled and exported.
 
     Raises:
-        TypeError: `model` is no nn.Module, or `dtype` no floating one.
-        ValueError: a module is in training mode, has no running statistics, or has a hook, a parametrization or a
+        TypeError: `model` is no nn.Module, or its forward cannot be called with one tensor; or `dtype` is no floating
+            one, or `memory_format` none.
+        ValueError: `memory_format` is neither of the two; or a module is in training mode, has no running statistics, or has a hook, a parametrization or a
             forward of its own that folding would drop; a convolution is shared by two normalisations; or a folded
             weight is NaN or infinite. The message names the module.
             Or the backend has no known name.
@@ -57,23 +61,48 @@ def fold(
     Numerics: bias, residual and activation are added to the float32 sums of a convolution before they are rounded,
         where the engine has such an epilogue; the error against float64 is at most twice that of the model in eval.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    _check_model(model)
+    layout = _checked_layout(memory_format)
     first = next((tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()), None)
     own = torch.get_default_dtype() if first is None else first.dtype
     dtype = own if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
-    for name, module in model.named_modules():
-        if module.training:
-            raise ValueError(f"{name or 'the model'} is in training mode: call model.eval() before fold")
-    layout = torch.channels_last if memory_format is None else memory_format
     folded = _fold(model, "", dtype, layout, backend, torch.float64 if own == torch.float64 else torch.float32)
     device = torch.device("cpu") if first is None else first.device
     choose(folded.plan, device, dtype, backend)  # a missing backend raises now
     if example_input is not None:
         folded(example_input.clone())  # a stock part may write its input
     return folded
+
+
+def _checked_layout(memory_format: torch.memory_format | None) -> torch.memory_format:
+    layout = torch.channels_last if memory_format is None else memory_format
+    if not isinstance(layout, torch.memory_format):
+        raise TypeError(f"memory_format must be a torch.memory_format, got {layout!r}")
+    if layout not in (torch.channels_last, torch.contiguous_format):
+        raise ValueError(f"memory_format must be torch.channels_last or torch.contiguous_format, got {layout}")
+    return layout
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise an error unless this is a network in eval whose forward can be called with one tensor, as a folded one is."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if module.training:
+            raise ValueError(f"{name or 'the model'} is in training mode: call model.eval() before fold")
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # it says nothing of its arguments
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(model).__name__}.forward{signature} cannot be called with one tensor ({error}), as a folded network "
+            "is: fold its parts instead"
+        ) from error
 
 
 def _fold(

@@ -42,6 +42,7 @@ class Folded(nn.Module):
 
     _version = VERSION
     _run: Callable[[Tensor], Tensor] | None
+    _device: torch.device | None
     _lock: threading.Lock
 
     def __init__(
@@ -56,7 +57,7 @@ class Folded(nn.Module):
         super().__init__()
         self.plan, self.backend = folding.plan, backend
         self.folded, self.stock = nn.Module(), nn.Module()
-        self._dtype, self._memory_format = dtype, memory_format
+        self._dtype, self._layout = dtype, str(memory_format).removeprefix("torch.")  # torch.save pickles no layout
         self._reasons = dict(reasons)
         self._channels = _input_channels(folding)
         for name, tensor in folding.tensors.items():
@@ -90,23 +91,28 @@ class Folded(nn.Module):
         self._check(x)
         with torch.autocast(x.device.type, enabled=False) if autocasts(x.device.type) else nullcontext():
             if torch.compiler.is_compiling() or _is_watched(x) or x.numel() == 0:
-                return reference.run(self.plan, *self._parts(), x.to(self._dtype))
+                return self._laid_out(reference.run(self.plan, *self._parts(), x.to(self._dtype)))
             with torch.no_grad():
-                x = self._laid_out(x)
+                x = self._laid_out(x.to(self._dtype))
                 run = self._run
-                return self._first(x) if run is None else run(x)
+                return self._laid_out(self._first(x) if run is None else run(x))
 
     def _check(self, x: Tensor) -> None:
         """Raise an error that says what x must be; a network whose first step is no convolution takes any shape."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
+        if self._device is not None and x.device != self._device:
+            raise RuntimeError(f"x must be on {self._device}, where the network is, got {x.device}")
         if self._channels is not None and (x.dim() != 4 or x.shape[1] != self._channels):
             raise ValueError(f"x must have shape (N, {self._channels}, H, W), got {tuple(x.shape)}")
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        if x.dim() == 4:
-            return x.to(self._dtype).contiguous(memory_format=self._memory_format)
-        return x.to(self._dtype)
+        """An activation in the layout that was asked for; a stock part may return anything, which is left as it is."""
+        if isinstance(x, Tensor) and x.dim() == 4 and not transformed():
+            return x.contiguous(memory_format=getattr(torch, self._layout))
+        return x
 
     def _first(self, x: Tensor) -> Tensor:
         """The first call prepares what runs the plan; other threads that come meanwhile wait."""
@@ -129,10 +135,16 @@ class Folded(nn.Module):
     def _forget(self) -> None:
         """Whatever was prepared no longer holds."""
         self._run = None
+        self._device = next((buffer.device for buffer in self.folded.buffers()), None)
         self._lock = threading.Lock()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Folded:
         super()._apply(fn, recurse)
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        """The dtype is that of the weights, which may be new ones; vectors keep its accumulation dtype."""
         tensors = (*self.folded.buffers(), *self.stock.parameters(), *self.stock.buffers())
         weights = (tensor for tensor in tensors if tensor.dim() > 1 and tensor.is_floating_point())
         self._dtype = next((weight.dtype for weight in weights), self._dtype)
@@ -141,7 +153,6 @@ class Folded(nn.Module):
                 if buffer is not None and buffer.dim() == 1:
                     module._buffers[name] = buffer.to(accumulate_dtype(self._dtype))
         self._forget()
-        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         version = local_metadata.get("version", VERSION)
@@ -151,7 +162,7 @@ class Folded(nn.Module):
 
     @staticmethod
     def _loaded(module: Folded, incompatible_keys: Any) -> None:
-        module._forget()
+        module._settle()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_lock")}
@@ -194,7 +205,7 @@ class Folded(nn.Module):
             "plan": self.plan.to_data(),
             "tensors": self._parts()[0],
             "dtype": str(self._dtype).removeprefix("torch."),
-            "memory_format": str(self._memory_format).removeprefix("torch."),
+            "memory_format": self._layout,
             "backend": self.backend,
         }
         target = Path(path)
