@@ -122,6 +122,44 @@ def test_a_residual_activation_that_is_no_relu_is_merged():
     torch.testing.assert_close(folded(images), block(images), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+def test_a_shortcut_sees_what_a_branch_has_written_in_place(backend):
+    block = resfuse.models.resnet.BasicBlock(8, 8)
+    block.conv1 = nn.Sequential(nn.ReLU(inplace=True), block.conv1)
+    images = torch.randn(2, 8, 9, 9)
+    settle(block, images.clone())
+    out = resfuse.fold(block, backend=backend)(images)
+    torch.testing.assert_close(out, block(images.clone()), atol=1e-5, rtol=1e-5)
+
+
+def test_an_unknown_module_sees_what_its_part_has_written_in_place():
+    class Cell(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.body = nn.Sequential(nn.ReLU(inplace), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+
+        def forward(self, x):
+            return self.body(x) + x
+
+    for inplace in (True, False):
+        images = torch.randn(2, 8, 9, 9)
+        cell = settle(Cell(inplace), images.clone())
+        folded = resfuse.fold(cell)
+        torch.testing.assert_close(folded(images.clone()), cell(images.clone()), atol=1e-5, rtol=1e-5)
+        assert any(block.fused for block in resfuse.explain(folded).blocks) is not inplace
+
+
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+def test_a_branch_comes_before_a_stock_shortcut_that_writes_its_input(backend):
+    block = resfuse.models.resnet.BasicBlock(8, 8)
+    block.conv1, block.bn1, block.relu = nn.Identity(), nn.Identity(), nn.Identity()
+    block.downsample = nn.ELU(inplace=True)
+    images = torch.randn(2, 8, 9, 9)
+    settle(block, images.clone())
+    out = resfuse.fold(block, backend=backend)(images.clone())
+    torch.testing.assert_close(out, block(images.clone()), atol=1e-5, rtol=1e-5)
+
+
 def test_a_sum_that_two_read_keeps_its_own_step():
     model = settle(CifarResNet(14, unit="full_preact"), photographs())
     steps = resfuse.fold(model).plan.steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from resfuse.folding import families  # noqa: F401  registers the rules of block
 from resfuse.folding.engines import choose
 from resfuse.folding.merge import merge
 from resfuse.folding.module import Folded
-from resfuse.folding.plan import INPUT
+from resfuse.folding.plan import INPUT, Plan
 from resfuse.folding.walk import Walk
 
 __all__ = ["Folded", "fold"]
@@ -68,7 +69,8 @@ def fold(
     dtype = own if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
-    folded = _fold(model, "", dtype, layout, backend, torch.float64 if own == torch.float64 else torch.float32)
+    options = _Options(dtype, layout, backend, torch.float64 if own == torch.float64 else torch.float32)
+    folded = _folded(*_walk(model, "", options), options)
     device = torch.device("cpu") if first is None else first.device
     choose(folded.plan, device, dtype, backend)  # a missing backend raises now
     if example_input is not None:
@@ -105,18 +107,31 @@ def _check_model(model: nn.Module) -> None:
         ) from error
 
 
-def _fold(
-    model: nn.Module,
-    name: str,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    backend: str | None,
-    precision: torch.dtype,
-) -> Folded:
-    """fold of checked arguments, for a part of a model as well; `precision` is the dtype in which it folds."""
-    walk = Walk(precision, lambda part, path: _fold(part, path, dtype, memory_format, backend, precision))
+class _Options(NamedTuple):
+    """Checked arguments of fold; `precision` is the dtype in which it folds."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    backend: str | None
+    precision: torch.dtype
+
+
+def _walk(model: nn.Module, name: str, options: _Options) -> tuple[Walk, Plan]:
+    """The steps of a model, or of a part of one."""
+    walk = Walk(options.precision, lambda part, path: _fold_part(part, path, options))
     with torch.no_grad():
-        plan = walk.plan(walk.call(model, name, INPUT))
+        return walk, walk.plan(walk.call(model, name, INPUT))
+
+
+def _fold_part(part: nn.Module, path: str, options: _Options) -> Folded | None:
+    """The folded part of an unknown module, which would see it if the part wrote its input: then it stays as it is."""
+    walk, plan = _walk(part, path, options)
+    return None if walk.writes_input else _folded(walk, plan, options)
+
+
+def _folded(walk: Walk, plan: Plan, options: _Options) -> Folded:
+    dtype = options.dtype
+    with torch.no_grad():
         folding = merge(plan, walk.tensors, dtype)
     modules = {path: module.to(dtype).requires_grad_(False) for path, module in walk.modules.items()}
-    return Folded(folding, modules, walk.reasons, dtype, memory_format, backend)
+    return Folded(folding, modules, walk.reasons, dtype, options.memory_format, options.backend)

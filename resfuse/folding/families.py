@@ -48,8 +48,8 @@ def residual_unit(walk: Walk, unit: Any, name: str, x: int) -> int:
         return x
 
     entered = run(unit.entry, x)
-    shortcut = walk.child(unit, name, "downsample", x if unit.clean else entered)
-    return run(unit.exit, walk.add(run(unit.path, entered), shortcut))
+    out = run(unit.path, entered)
+    return run(unit.exit, walk.add(out, walk.child(unit, name, "downsample", x if unit.clean else entered)))
 
 
 @rule("resfuse.models.cifar.BNReLU")

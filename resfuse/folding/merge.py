@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from resfuse.folding.plan import Convolution, Linear, Plan, ScaleShiftAct, Step
+from resfuse.folding.plan import Convolution, Linear, Plan, ScaleShiftAct, Step, Stock
 from resfuse.ops import accumulate_dtype
 
 
@@ -68,11 +69,17 @@ def _absorbed(step: Step, found: Mapping[int, Step], readers: Mapping[int, int])
         orders.append(replace(step, input=step.residual, residual=step.input))
     for order in orders:
         producer = found.get(order.input)
-        if producer is not None and readers[producer.output] == 1:
+        if producer is not None and readers[producer.output] == 1 and not _meets_stock(producer, found):
             whole = _whole(producer, order)
             if whole is not None:
                 return producer, whole
     return None
+
+
+def _meets_stock(producer: Step, found: Mapping[int, Step]) -> bool:
+    """Whether a stock step after this one reads what it reads, and may write it: then this one must stay before it."""
+    later = dropwhile(lambda step: step is not producer, found.values())
+    return any(isinstance(step, Stock) and step.input in producer.reads for step in later)
 
 
 def _whole(producer: Step, step: ScaleShiftAct) -> Step | None:

@@ -80,13 +80,13 @@ class Walk:
 
     Args:
         dtype (torch.dtype): in which normalisations are folded.
-        nested (Callable): makes the folded copy of a known module inside an unknown one.
+        nested (Callable): makes the folded copy of a known module inside an unknown one; None where it must stay.
 
     Attributes:
         steps: in order. tensors: what they read, in `dtype`. modules: copies of what is not folded. reasons: why not.
     """
 
-    def __init__(self, dtype: torch.dtype, nested: Callable[[nn.Module, str], nn.Module]) -> None:
+    def __init__(self, dtype: torch.dtype, nested: Callable[[nn.Module, str], nn.Module | None]) -> None:
         self.dtype = dtype
         self.steps: list[Step] = []
         self.tensors: dict[str, Tensor] = {}
@@ -94,9 +94,21 @@ class Walk:
         self.reasons: dict[str, str] = {}
         self._nested = nested
         self._names: dict[int, str] = {}
+        self._overwritten: dict[int, int] = {}
 
     def plan(self, output: int) -> Plan:
-        return Plan(tuple(self.steps), output)
+        return Plan(tuple(self.steps), self._now(output))
+
+    @property
+    def writes_input(self) -> bool:
+        """Whether a module works in place on what the caller gives, who may read it afterwards."""
+        return INPUT in self._overwritten
+
+    def _now(self, value: int) -> int:
+        """What the tensor that was this value holds now, after modules that work in place."""
+        while value in self._overwritten:
+            value = self._overwritten[value]
+        return value
 
     def call(self, module: nn.Module | None, name: str, x: int) -> int:
         """module(x), by its rule or as it is; None is the identity."""
@@ -125,7 +137,11 @@ class Walk:
     def write(self, kind: type[Step], x: int, name: str | None = None, **options: Any) -> int:
         """Append a step; returns the value it writes."""
         output = INPUT + 1 + len(self.steps)
-        self.steps.append(kind(x, output, names=() if name is None else (name,), **options))
+        if options.get("residual") is not None:
+            options["residual"] = self._now(options["residual"])
+        if "others" in options:
+            options["others"] = tuple(self._now(value) for value in options["others"])
+        self.steps.append(kind(self._now(x), output, names=() if name is None else (name,), **options))
         return output
 
     def tensor(self, name: str, child: str, value: Tensor | None) -> str | None:
@@ -136,8 +152,12 @@ class Walk:
         self.tensors[full] = value.detach().to(self.dtype, copy=True)
         return full
 
-    def activation(self, x: int, activation: str, name: str | None = None) -> int:
-        return self.write(plans.ScaleShiftAct, x, name, activation=activation)
+    def activation(self, x: int, activation: str, name: str | None = None, inplace: bool = False) -> int:
+        """`inplace`: whoever reads x from now on reads the result."""
+        output = self.write(plans.ScaleShiftAct, x, name, activation=activation)
+        if inplace:
+            self._overwritten[self._now(x)] = output
+        return output
 
     def add(self, x: int, residual: int) -> int:
         return self.write(plans.ScaleShiftAct, x, residual=residual)
@@ -145,7 +165,8 @@ class Walk:
     def stock(self, module: nn.Module, name: str, x: int, reason: str) -> int:
         """module(x), called as it is; known parts of an unknown module are folded inside its copy."""
         if name not in self.modules:
-            memo = {id(part): self._nested(part, joined(name, path)) for path, part in known_parts(module)}
+            parts = {id(part): self._nested(part, joined(name, path)) for path, part in known_parts(module)}
+            memo = {key: part for key, part in parts.items() if part is not None}
             self.modules[name] = copy.deepcopy(module, memo)
             self.reasons[name] = reason
         return self.write(plans.Stock, x, name, module=name)
@@ -260,7 +281,7 @@ def activation(walk: Walk, module: nn.Module, name: str, x: int) -> int:
     kind = next(base.__name__ for base in type(module).__mro__ if base.__name__ in _ACTIVATIONS)
     if getattr(module, "approximate", "none") != "none":
         return walk.stock(module, name, x, "it approximates")
-    return walk.activation(x, _ACTIVATIONS[kind], name)
+    return walk.activation(x, _ACTIVATIONS[kind], name, inplace=getattr(module, "inplace", False))
 
 
 @rule("torch.nn.modules.pooling.MaxPool2d")
