@@ -76,6 +76,17 @@ def test_every_family_is_as_exact_as_stock(name):
     assert {block.type for block in stock} == ({"HighwayBlock"} if name.startswith("highway") else set())
 
 
+EVERY_ACTIVATION = {
+    kind.__name__: kind
+    for kind in (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.Sigmoid, nn.Tanh)
+}
+EVERY_ACTIVATION |= {
+    "LeakyReLU": lambda: nn.LeakyReLU(0.3),
+    "ELU": lambda: nn.ELU(0.5),
+    "Hardtanh": lambda: nn.Hardtanh(-0.25, 2.0),
+}
+
+
 @FLOAT_ENGINES
 def test_a_whole_resnet_on_photographs_by_every_engine(dtype, backend):
     images = photographs(8, 128)
@@ -89,7 +100,7 @@ def test_a_whole_resnet_on_photographs_by_every_engine(dtype, backend):
 
 
 @FLOAT_ENGINES
-@pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh])
+@pytest.mark.parametrize("kind", EVERY_ACTIVATION.values(), ids=EVERY_ACTIVATION)
 def test_a_sequential_folds_with_every_activation(kind, dtype, backend):
     class Sum(nn.Module):
         """Something unknown between two parts that fold."""
@@ -112,13 +123,15 @@ def test_a_sequential_folds_with_every_activation(kind, dtype, backend):
                      "Flatten", "Linear", "Linear"]  # fmt: skip
 
 
-def test_a_residual_activation_that_is_no_relu_is_merged():
+@pytest.mark.parametrize("backend", engines_for(torch.float32))
+@pytest.mark.parametrize("kind", EVERY_ACTIVATION.values(), ids=EVERY_ACTIVATION)
+def test_every_residual_activation_is_merged(kind, backend):
     block = resfuse.models.resnet.BasicBlock(8, 8)
-    block.relu = nn.SiLU()
+    block.relu = kind()
     images = torch.randn(2, 8, 9, 9)
     settle(block, images)
-    folded = resfuse.fold(block)
-    assert [step.activation for step in folded.plan.steps] == ["silu", "silu"]
+    folded = resfuse.fold(block, backend=backend)
+    assert [type(step) for step in folded.plan.steps] == [Convolution, Convolution]
     torch.testing.assert_close(folded(images), block(images), atol=2e-6, rtol=1e-5)
 
 
@@ -153,7 +166,7 @@ def test_an_unknown_module_sees_what_its_part_has_written_in_place():
 def test_a_branch_comes_before_a_stock_shortcut_that_writes_its_input(backend):
     block = resfuse.models.resnet.BasicBlock(8, 8)
     block.conv1, block.bn1, block.relu = nn.Identity(), nn.Identity(), nn.Identity()
-    block.downsample = nn.ELU(inplace=True)
+    block.downsample = nn.CELU(inplace=True)
     images = torch.randn(2, 8, 9, 9)
     settle(block, images.clone())
     out = resfuse.fold(block, backend=backend)(images.clone())
@@ -297,6 +310,16 @@ def test_what_cannot_fold_stays_stock_and_explain_says_so():
     assert said["bn1"].reason == "resfuse folds no GroupNorm"
     assert "reflect" in said["layer2.0.conv2"].reason
     assert said["conv1"].fused and "stock: resfuse folds no GroupNorm" in str(resfuse.explain(folded))
+
+
+@pytest.mark.skipif("tiles" not in engines_for(torch.float32), reason="this processor has no tile kernels")
+def test_explain_says_what_computes_a_layer():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    how = [block.convolutions for block in resfuse.explain(resfuse.fold(model, backend="tiles")).blocks]
+    assert how == ["tiles", "tiles, silu by torch, with 2", "tiles, with 4"]
+    head = nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)).eval()
+    how = [block.convolutions for block in resfuse.explain(resfuse.fold(head, backend="tiles")).blocks]
+    assert how == ["torch", "torch"]
 
 
 def test_a_subclass_without_a_forward_of_its_own_folds_and_another_does_not():

@@ -42,6 +42,15 @@ def test_save_and_load_give_the_same_bits(model, images, dtype, tmp_path):
     assert torch.equal(resfuse.Folded.load(tmp_path / "network.pt")(images), folded(images))
 
 
+def test_the_numbers_of_an_activation_are_saved(images, tmp_path):
+    network = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.3), nn.Hardtanh(-1, 2)), images)
+    folded = resfuse.fold(network)
+    folded.save(tmp_path / "network.pt")
+    loaded = resfuse.Folded.load(tmp_path / "network.pt")
+    assert loaded.plan == folded.plan and [step.scalars for step in loaded.plan.steps] == [(0.3,), (-1.0, 2.0)]
+    torch.testing.assert_close(loaded(images), network(images).detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_a_loaded_network_gives_its_files_pages_back_once_they_are_packed(model, images, tmp_path, monkeypatch):
     folded = resfuse.fold(model)
     folded.save(tmp_path / "network.pt")
@@ -127,6 +136,8 @@ def test_a_plan_is_data_and_broken_data_are_refused(model):
     for broken, message in (
         ({"steps": [{**data["steps"][0], "kind": "Attention"}], "output": 1}, "no step of a plan"),
         ({"steps": [{**data["steps"][0], "colour": 1}], "output": 1}, "no step of a plan"),
+        ({"steps": [{**data["steps"][0], "activation": "save"}], "output": 1}, "no activation of a plan"),
+        ({"steps": [{**data["steps"][0], "activation": "hardtanh"}], "output": 1}, "no activation of a plan"),
         ({"steps": data["steps"][1:], "output": data["output"]}, "before it is written"),
         ({"steps": data["steps"], "output": 999}, "value 999, which no step writes"),
     ):

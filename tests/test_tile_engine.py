@@ -54,7 +54,7 @@ def check(steps, shape, dtype, *, runs=1):
     x = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
     exact = reference.run(plan, in_dtype(own, torch.float64), {}, x.double())
     run, first = tiles.prepare(plan, own, {}, x)
-    assert len(tiles._cut(plan)) == runs
+    assert len(tiles._cut(tiles._split(plan))) == runs
     ours = run(x)
     assert_as_exact(ours, reference.run(plan, own, {}, x), exact)
     assert torch.equal(ours, first) and torch.equal(ours, run(x.contiguous())), "a call or the layout changes the result"
@@ -148,14 +148,19 @@ def test_a_classifier_in_two_parts(dtype):
 
 @FLOATS
 def test_steps_in_plain_torch_between(dtype):
-    """An activation that tiles do not know, and a concatenation, cut the plan; values pass between its parts."""
+    """An activation that tiles do not know, behind its product, and a concatenation cut the plan; values pass on."""
     steps = [
         conv(0, 0, 1, 24, 5, padding=(1, 1)),
         plans.Convolution(1, 2, activation="silu", weight="w1.24x24x1x1", bias="b1.24"),
         plans.Concatenate(2, 3, others=(1,)),
         conv(2, 3, 4, 24, 48, 1, residual=1),
     ]
-    check(steps, (2, 5, 9, 8), dtype, runs=4)
+    plan, *_ = check(steps, (2, 5, 9, 8), dtype, runs=4)
+    assert [len(run) for run in tiles._cut(tiles._split(plan))] == [2, 1, 1, 1]
+    computed = tiles.computed_by(plan, dtype)
+    name = computed[1]
+    assert name == ("tiles" if ops.tile_operands[dtype] == dtype else "tiles in torch.float32")
+    assert [computed[value] for value in (2, 3, 4)] == [f"{name}, silu by torch", "torch", name]
 
 
 def random_steps(seed):

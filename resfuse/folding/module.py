@@ -177,6 +177,7 @@ class Folded(nn.Module):
         reports = []
         device = next((buffer.device for buffer in self.folded.buffers()), torch.device("cpu"))
         engine = engines.choose(self.plan, device, self._dtype, self.backend)
+        computed_by = engines.computed_by(engine, self.plan, self._dtype)
         for step in self.plan.steps:
             if isinstance(step, Stock):
                 module = self.stock.get_submodule(step.module or _ROOT)
@@ -184,7 +185,8 @@ class Folded(nn.Module):
                 inner = [part for part in module.modules() if isinstance(part, Folded)]
                 reports += [report for part in inner for report in part._resfuse_explanation().blocks]
             elif step.tensors:
-                reports.append(BlockReport(step.names[0], type(step).__name__, True, "", f"{engine}{_absorbed(step)}"))
+                how = f"{computed_by[step.output]}{_absorbed(step)}"
+                reports.append(BlockReport(step.names[0], type(step).__name__, True, "", how))
         return FoldedExplanation(tuple(reports))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -13,8 +13,22 @@ from typing import Any, NamedTuple
 INPUT = 0
 """The value that the caller gives."""
 
-ACTIVATIONS = ("identity", "relu", "relu6", "silu", "gelu", "hardswish", "sigmoid", "tanh")
-"""What may end a step, by torch.nn.functional's name."""
+ACTIVATIONS = {
+    "identity": 0,
+    "relu": 0,
+    "relu6": 0,
+    "silu": 0,
+    "gelu": 0,
+    "hardswish": 0,
+    "hardsigmoid": 0,
+    "mish": 0,
+    "sigmoid": 0,
+    "tanh": 0,
+    "leaky_relu": 1,
+    "elu": 1,
+    "hardtanh": 2,
+}
+"""What may end a step, by torch.nn.functional's name, and how many numbers it takes."""
 
 Pair = tuple[int, int]
 
@@ -40,10 +54,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Ending(Step):
-    """A step that may end by adding a value and by an activation: out = act(f(input) + residual)."""
+    """A step that may end by adding a value and by an activation: out = act(f(input) + residual, *scalars)."""
 
     activation: str = "identity"
     residual: int | None = None
+    scalars: tuple[float, ...] = ()
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -92,9 +107,10 @@ class ScaleShiftAct(Ending):
 
 @dataclass(frozen=True)
 class Linear(Step):
-    """out = act(input @ weight^T + bias), weight (K, C) in the plan's dtype, bias (K,) as a convolution's."""
+    """out = act(input @ weight^T + bias, *scalars), weight (K, C) in the plan's dtype, bias (K,) as a convolution's."""
 
     activation: str = "identity"
+    scalars: tuple[float, ...] = ()
     weight: str = ""
     bias: str | None = None
 
@@ -227,7 +243,10 @@ def _step_from_data(item: Mapping[str, Any]) -> Step:
     if kind is None or not options.keys() <= {field.name for field in fields(kind)}:
         raise ValueError(f"no step of a plan is {dict(item)!r}")
     pairs = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
-    return kind(**(options | pairs))
+    step = kind(**(options | pairs))
+    if ACTIVATIONS.get(getattr(step, "activation", "identity")) != len(getattr(step, "scalars", ())):
+        raise ValueError(f"no activation of a plan ends {step}")
+    return step
 
 
 def _check_order(steps: Iterable[Step], output: int) -> None:

@@ -152,9 +152,11 @@ class Walk:
         self.tensors[full] = value.detach().to(self.dtype, copy=True)
         return full
 
-    def activation(self, x: int, activation: str, name: str | None = None, inplace: bool = False) -> int:
+    def activation(
+        self, x: int, activation: str, name: str | None = None, scalars: tuple[float, ...] = (), inplace: bool = False
+    ) -> int:
         """`inplace`: whoever reads x from now on reads the result."""
-        output = self.write(plans.ScaleShiftAct, x, name, activation=activation)
+        output = self.write(plans.ScaleShiftAct, x, name, activation=activation, scalars=scalars)
         if inplace:
             self._overwritten[self._now(x)] = output
         return output
@@ -265,14 +267,20 @@ def linear(walk: Walk, layer: nn.Linear, name: str, x: int) -> int:
     return walk.write(plans.Linear, x, name, weight=weight, bias=bias)
 
 
+# by class: its function, and the attributes that are this function's numbers
 _ACTIVATIONS = {
-    "ReLU": "relu",
-    "ReLU6": "relu6",
-    "SiLU": "silu",
-    "GELU": "gelu",
-    "Hardswish": "hardswish",
-    "Sigmoid": "sigmoid",
-    "Tanh": "tanh",
+    "ReLU": ("relu",),
+    "ReLU6": ("relu6",),
+    "SiLU": ("silu",),
+    "GELU": ("gelu",),
+    "Hardswish": ("hardswish",),
+    "Hardsigmoid": ("hardsigmoid",),
+    "Mish": ("mish",),
+    "Sigmoid": ("sigmoid",),
+    "Tanh": ("tanh",),
+    "LeakyReLU": ("leaky_relu", "negative_slope"),
+    "ELU": ("elu", "alpha"),
+    "Hardtanh": ("hardtanh", "min_val", "max_val"),
 }
 
 
@@ -281,7 +289,9 @@ def activation(walk: Walk, module: nn.Module, name: str, x: int) -> int:
     kind = next(base.__name__ for base in type(module).__mro__ if base.__name__ in _ACTIVATIONS)
     if getattr(module, "approximate", "none") != "none":
         return walk.stock(module, name, x, "it approximates")
-    return walk.activation(x, _ACTIVATIONS[kind], name, inplace=getattr(module, "inplace", False))
+    function, *numbers = _ACTIVATIONS[kind]
+    scalars = tuple(float(getattr(module, number)) for number in numbers)
+    return walk.activation(x, function, name, scalars, getattr(module, "inplace", False))
 
 
 @rule("torch.nn.modules.pooling.MaxPool2d")

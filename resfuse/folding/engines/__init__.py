@@ -16,6 +16,11 @@ ENGINES: dict[str, ModuleType] = {"tiles": tiles, "onednn": onednn, "cuda": cuda
 """By name, the best first."""
 
 
+def computed_by(name: str, plan: Plan, dtype: torch.dtype) -> dict[int, str]:
+    """What computes each step when an engine runs a plan, in words, by the value that the step writes."""
+    return tiles.computed_by(plan, dtype) if name == "tiles" else {step.output: name for step in plan.steps}
+
+
 def choose(plan: Plan, device: torch.device, dtype: torch.dtype, requested: str | None) -> str:
     """The engine for a plan on this device in this dtype.
 

@@ -18,7 +18,7 @@ from resfuse.folding import plan as plans
 from resfuse.folding.engines import calls, reference
 from resfuse.folding.plan import Plan, Step
 
-# how oneDNN's epilogue names an activation: attribute, scalars, algorithm
+# how the epilogue names an activation: attribute, scalars if they are not the step's, algorithm
 _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
     "identity": ("none", [], ""),
     "relu": ("relu", [], ""),
@@ -26,8 +26,11 @@ _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
     "silu": ("swish", [], ""),
     "gelu": ("gelu", [], "none"),
     "hardswish": ("hardswish", [], ""),
+    "hardsigmoid": ("hardsigmoid", [], ""),
     "sigmoid": ("sigmoid", [], ""),
     "tanh": ("tanh", [], ""),
+    "leaky_relu": ("leaky_relu", [], ""),
+    "hardtanh": ("hardtanh", [], ""),
 }
 # steps that write a tensor of their own, which nothing else refers to
 _FRESH = (plans.Convolution, plans.ScaleShiftAct, plans.PadShortcut, plans.Concatenate)
@@ -81,22 +84,32 @@ def _convolution_runner(
         step.check_sum(_output_shape(step, tensors[step.weight], inputs[0]), inputs[1].shape)
     weight = torch.ops.mkldnn._reorder_convolution_weight(tensors[step.weight], *geometry, list(inputs[0].shape))
     bias = None if step.bias is None else tensors[step.bias]
-    attribute, scalars, algorithm = _EPILOGUES[step.activation]
     if step.residual is None:
-        convolution = torch.ops.mkldnn._convolution_pointwise.default
-        return lambda x: convolution(x, weight, bias, *geometry, attribute, scalars, algorithm)
+        return _pointwise_runner(step, weight, bias, geometry)
     bias = None if bias is None else bias.to(weight.dtype)  # a sum takes no other
     convolution_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
-    behind = "relu" if attribute == "relu" else None  # nor another activation behind it
+    behind = "relu" if step.activation == "relu" else None  # nor another activation behind it
 
     def add(x: Tensor, residual: Tensor) -> Tensor:
         # in another layout torch falls back to a sum that knows no bfloat16
         written = free and residual.is_contiguous(memory_format=torch.channels_last)
         out = residual if written else residual.clone(memory_format=torch.channels_last)
         out = convolution_add_(out, x, weight, bias, *geometry, "add", 1.0, behind, [], "")
-        return out if behind == "relu" else reference.ACTIVATIONS[step.activation](out)
+        return out if behind == "relu" else reference.activated(step, out)
 
     return add
+
+
+def _pointwise_runner(
+    step: plans.Convolution, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+) -> calls.Run:
+    """A convolution that adds nothing; an activation that the epilogue does not know is a pass behind it."""
+    convolution = torch.ops.mkldnn._convolution_pointwise.default
+    if step.activation not in _EPILOGUES:
+        return lambda x: reference.activated(step, convolution(x, weight, bias, *geometry, "none", [], ""))
+    attribute, scalars, algorithm = _EPILOGUES[step.activation]
+    scalars = scalars or list(step.scalars)
+    return lambda x: convolution(x, weight, bias, *geometry, attribute, scalars, algorithm)
 
 
 def _output_shape(step: plans.Convolution, weight: Tensor, x: Tensor) -> torch.Size:

@@ -15,22 +15,15 @@ from resfuse import ops
 from resfuse.folding import plan as plans
 from resfuse.folding.plan import INPUT, Plan, Step
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
+def activated(step: Any, x: Tensor) -> Tensor:
+    """What ends a step."""
+    return x if step.activation == "identity" else getattr(F, step.activation)(x, *step.scalars)
 
 
 def convolution(step: plans.Convolution, tensors: Mapping[str, Tensor], x: Tensor, *residual: Tensor) -> Tensor:
     bias = None if step.bias is None else tensors[step.bias].to(x.dtype)
     out = F.conv2d(x, tensors[step.weight], bias, step.stride, step.padding, step.dilation, step.groups)
-    return ACTIVATIONS[step.activation](out + residual[0] if residual else out)
+    return activated(step, out + residual[0] if residual else out)
 
 
 def scale_shift_act(step: plans.ScaleShiftAct, tensors: Mapping[str, Tensor], x: Tensor, *residual: Tensor) -> Tensor:
@@ -39,12 +32,12 @@ def scale_shift_act(step: plans.ScaleShiftAct, tensors: Mapping[str, Tensor], x:
     else:
         scale, shift = (tensors[name][:, None, None] for name in (step.scale, step.shift))
         out = x.to(ops.accumulate_dtype(x.dtype)) * scale + shift
-    return ACTIVATIONS[step.activation](out + residual[0] if residual else out).to(x.dtype)
+    return activated(step, out + residual[0] if residual else out).to(x.dtype)
 
 
 def linear(step: plans.Linear, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     bias = None if step.bias is None else tensors[step.bias].to(x.dtype)
-    return ACTIVATIONS[step.activation](F.linear(x, tensors[step.weight], bias))
+    return activated(step, F.linear(x, tensors[step.weight], bias))
 
 
 def max_pool(step: plans.MaxPool, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,21 @@ def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _split(plan: Plan) -> Plan:
+    """The plan with activations that `run_plan` does not know behind the products that it does, as steps of their own."""
+    steps: list[Step] = []
+    fresh = max((step.output for step in plan.steps), default=INPUT)
+    for step in plan.steps:
+        if isinstance(step, plans.Convolution | plans.Linear) and step.activation not in _ACTIVATIONS:
+            fresh += 1
+            ending = {"activation": step.activation, "scalars": step.scalars}
+            steps.append(replace(step, output=fresh, activation="identity", scalars=()))
+            steps.append(plans.ScaleShiftAct(fresh, step.output, step.names, **ending))
+        else:
+            steps.append(step)
+    return Plan(tuple(steps), plan.output)
+
+
 def prepare(
     plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor
 ) -> calls.Prepared:
@@ -44,6 +60,7 @@ def prepare(
     Returns:
         calls.Prepared: any number of threads may run it at once.
     """
+    plan = _split(plan)
     pieces = [_piece(plan, steps, tensors, modules) for steps in _cut(plan)]
 
     def run(x: Tensor) -> Tensor:
@@ -56,6 +73,20 @@ def prepare(
         return values[plan.output]
 
     return run, run(x)
+
+
+def computed_by(plan: Plan, dtype: torch.dtype) -> dict[int, str]:
+    """What computes each step, in words, by the value that the step writes."""
+    split = _split(plan)
+    pixels = _pixels(split)
+    native = {step.output for steps in _cut(split) if _worthwhile(steps, pixels) for step in steps}
+    name = "tiles" if ops.tile_operands[dtype] == dtype else f"tiles in {ops.tile_operands[dtype]}"
+    found = {step.output: name if step.output in native else "torch" for step in split.steps}
+    own = {INPUT, *(step.output for step in plan.steps)}
+    for step in split.steps:
+        if step.input in native - own:
+            found[step.output] = f"{name}, {cast(plans.ScaleShiftAct, step).activation} by torch"
+    return found
 
 
 class _Piece(NamedTuple):
@@ -72,7 +103,8 @@ def _pixels(plan: Plan) -> set[int]:
     found: set[int] = set()
     for step in plan.steps:
         averaged = isinstance(step, plans.AdaptivePool) and step.output_size == (1, 1)
-        if averaged or (isinstance(step, plans.Flatten | plans.Linear) and step.input in found):
+        alone = isinstance(step, plans.ScaleShiftAct) and step.residual is None
+        if averaged or ((alone or isinstance(step, plans.Flatten | plans.Linear)) and step.input in found):
             found.add(step.output)
     return found
 
@@ -143,5 +175,5 @@ class _Native:
                     self._programs = {}
                 self._programs[shapes] = found
         outputs = ops.run_plan(images, *found)
-        dtype = inputs[0].dtype
-        return [(out.flatten(1) if flat else out).to(dtype) for out, flat in zip(outputs, self._flat, strict=True)]
+        flattened = (out.flatten(1) if flat else out for out, flat in zip(outputs, self._flat, strict=True))
+        return [out.to(inputs[0].dtype) for out in flattened]
