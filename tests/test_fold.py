@@ -65,15 +65,19 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_family_is_as_exact_as_stock(name):
+def test_every_family_is_as_exact_as_stock(name, tmp_path):
     images = photographs()
     model = settle(NETWORKS[name](), images)
     for dtype in (torch.float32, torch.bfloat16):
         assert_folded(resfuse.fold(model, dtype), model, images, dtype)
     before = resfuse.fold(model)(images)
     assert torch.equal(resfuse.fold(resfuse.fuse(model))(images), before)  # the same children in the same order
-    stock = [block for block in resfuse.explain(resfuse.fold(model)).blocks if not block.fused]
+    folded = resfuse.fold(model)
+    stock = [block for block in resfuse.explain(folded).blocks if not block.fused]
     assert {block.type for block in stock} == ({"HighwayBlock"} if name.startswith("highway") else set())
+    if not stock:
+        folded.save(tmp_path / "network.pt")
+        assert resfuse.Folded.load(tmp_path / "network.pt").plan == folded.plan
 
 
 EVERY_ACTIVATION = {
@@ -314,7 +318,9 @@ def test_what_cannot_fold_stays_stock_and_explain_says_so():
 
 @pytest.mark.skipif("tiles" not in engines_for(torch.float32), reason="this processor has no tile kernels")
 def test_explain_says_what_computes_a_layer():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    ).eval()
     how = [block.convolutions for block in resfuse.explain(resfuse.fold(model, backend="tiles")).blocks]
     assert how == ["tiles", "tiles, silu by torch, with 2", "tiles, with 4"]
     head = nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)).eval()

@@ -43,7 +43,9 @@ def test_save_and_load_give_the_same_bits(model, images, dtype, tmp_path):
 
 
 def test_the_numbers_of_an_activation_are_saved(images, tmp_path):
-    network = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.3), nn.Hardtanh(-1, 2)), images)
+    network = settle(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.3), nn.Hardtanh(-1, 2)), images
+    )
     folded = resfuse.fold(network)
     folded.save(tmp_path / "network.pt")
     loaded = resfuse.Folded.load(tmp_path / "network.pt")
@@ -90,6 +92,60 @@ def test_load_refuses_other_files_and_versions(model, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"reads version 1 of a folded network, .*newer.pt has 2"):
         resfuse.Folded.load(tmp_path / "newer.pt")
+
+
+def _without(data, *path):
+    """The data without one entry of their nested dicts."""
+    first, *rest = path
+    if rest:
+        return {**data, first: _without(data[first], *rest)}
+    return {key: value for key, value in data.items() if key != first}
+
+
+def _with(data, name, change):
+    return {**data, "tensors": {**data["tensors"], name: change(data["tensors"][name])}}
+
+
+def _with_step(data, index, **fields):
+    steps = [{**step, **fields} if i == index else step for i, step in enumerate(data["plan"]["steps"])]
+    return {**data, "plan": {**data["plan"], "steps": steps}}
+
+
+DAMAGES = {
+    "no plan": lambda data: _without(data, "plan"),
+    "no output": lambda data: _without(data, "plan", "output"),
+    "no tensor": lambda data: _without(data, "tensors", "layer1.0.conv1.weight"),
+    "no bias": lambda data: _without(data, "tensors", "fc.bias"),
+    "dtype": lambda data: {**data, "dtype": "float33"},
+    "dtype of another kind": lambda data: {**data, "dtype": "nn"},
+    "dtype of tensors": lambda data: {**data, "dtype": "bfloat16"},
+    "layout": lambda data: {**data, "memory_format": "preserve_format"},
+    "backend": lambda data: {**data, "backend": "magic"},
+    "input channels": lambda data: _with(data, "layer1.0.conv1.weight", lambda weight: weight[:, :8]),
+    "output channels": lambda data: _with(data, "layer1.0.conv1.weight", lambda weight: weight[:8]),
+    "dimensions": lambda data: _with(data, "layer1.0.conv1.weight", lambda weight: weight.flatten(1)),
+    "a classifier's width": lambda data: _with(data, "fc.weight", lambda weight: weight[:, :8]),
+    "groups": lambda data: _with_step(data, 0, groups=5),
+    "stock": lambda data: _with_step(data, -1 + len(data["plan"]["steps"]), kind="Stock"),
+    "tensors": lambda data: {**data, "tensors": ["conv1.weight"]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_load_refuses_data_that_do_not_fit(model, tmp_path, damage):
+    path = tmp_path / "network.pt"
+    resfuse.fold(model).save(path)
+    torch.save(damage(torch.load(path)), path)
+    with pytest.raises(ValueError, match=r"network.pt holds a damaged folded network: "):
+        resfuse.Folded.load(path)
+
+
+def test_load_refuses_data_without_a_version(model, tmp_path):
+    path = tmp_path / "network.pt"
+    resfuse.fold(model).save(path)
+    torch.save(_without(torch.load(path), "version"), path)
+    with pytest.raises(ValueError, match=r"reads version 1 of a folded network, .*network.pt has None"):
+        resfuse.Folded.load(path)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no zip"])

@@ -53,10 +53,10 @@ def fold(
     Raises:
         TypeError: `model` is no nn.Module, or its forward cannot be called with one tensor; or `dtype` is no floating
             one, or `memory_format` none.
-        ValueError: `memory_format` is neither of the two; or a module is in training mode, has no running statistics, or has a hook, a parametrization or a
+        ValueError: a module is in training mode, has no running statistics, or has a hook, a parametrization or a
             forward of its own that folding would drop; a convolution is shared by two normalisations; or a folded
             weight is NaN or infinite. The message names the module.
-            Or the backend has no known name.
+            Or the backend has no known name, or the memory format is neither of the two.
         RuntimeError: the backend is missing.
 
     Numerics: bias, residual and activation are added to the float32 sums of a convolution before they are rounded,
@@ -88,7 +88,7 @@ def _checked_layout(memory_format: torch.memory_format | None) -> torch.memory_f
 
 
 def _check_model(model: nn.Module) -> None:
-    """Raise an error unless this is a network in eval whose forward can be called with one tensor, as a folded one is."""
+    """Raise an error unless this is a network in eval whose forward takes one tensor, as a folded one does."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
@@ -102,8 +102,8 @@ def _check_model(model: nn.Module) -> None:
         signature.bind(None)
     except TypeError as error:
         raise TypeError(
-            f"{type(model).__name__}.forward{signature} cannot be called with one tensor ({error}), as a folded network "
-            "is: fold its parts instead"
+            f"{type(model).__name__}.forward{signature} cannot be called with one tensor ({error}), as a folded "
+            "network is: fold its parts instead"
         ) from error
 
 

@@ -87,7 +87,12 @@ def _whole(producer: Step, step: ScaleShiftAct) -> Step | None:
     if getattr(producer, "activation", None) != "identity":
         return None
     names = producer.names + step.names
-    ending: dict[str, Any] = {"output": step.output, "names": names, "activation": step.activation, "scalars": step.scalars}
+    ending: dict[str, Any] = {
+        "output": step.output,
+        "names": names,
+        "activation": step.activation,
+        "scalars": step.scalars,
+    }
     if isinstance(producer, Linear):
         return replace(producer, **ending) if step.scale is None and step.residual is None else None
     if not isinstance(producer, Convolution | ScaleShiftAct):

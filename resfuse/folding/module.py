@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resfuse._calls import autocasts, transformed
-from resfuse.folding import engines
+from resfuse.folding import engines, files
 from resfuse.folding.engines import reference
 from resfuse.folding.merge import Folding
 from resfuse.folding.pages import OneAtATime
@@ -210,17 +208,7 @@ class Folded(nn.Module):
             "memory_format": self._layout,
             "backend": self.backend,
         }
-        target = Path(path)
-        fresh = target.with_name(f"{target.name}.{uuid.uuid4().hex}")  # of its own: two may save to one place
-        try:
-            with fresh.open("xb") as file:
-                torch.save(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(target)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
+        files.write(path, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Folded:
@@ -234,28 +222,30 @@ class Folded(nn.Module):
             ValueError: the file is damaged, or holds something else or another version of it.
             FileNotFoundError: there is none.
         """
-        data = _read(path, device)
+        data = files.read(path, device)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{path} holds no folded network")
-        if data["version"] != VERSION:
-            raise ValueError(f"this resfuse reads version {VERSION} of a folded network, {path} has {data['version']}")
-        folding = Folding(plan_from_data(data["plan"]), data["tensors"])
-        layout = getattr(torch, data["memory_format"])
-        network = cls(folding, {}, {}, getattr(torch, data["dtype"]), layout, data["backend"])
+        version = data.get("version")
+        if version != VERSION:
+            raise ValueError(f"this resfuse reads version {VERSION} of a folded network, {path} has {version}")
+        try:
+            network = cls._from_data(data)
+        except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds a damaged folded network: {type(error).__name__}: {error}") from error
         network._mapped = True
         return network
 
-
-def _read(path: str | os.PathLike[str], device: str | torch.device) -> Any:
-    """What a file holds; ValueError, with its path, if it cannot be read."""
-    Path(path).open("rb").close()  # a missing or forbidden file is reported by Python
-    try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # damaged bytes surface as almost any type
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path} cannot be read as a folded network: {type(error).__name__}: {reason}") from error
+    @classmethod
+    def _from_data(cls, data: Mapping[str, Any]) -> Folded:
+        """The network that `save` described; any error of what is wrong with the data."""
+        plan, dtype, layout = plan_from_data(data["plan"]), data["dtype"], data["memory_format"]
+        if not isinstance(getattr(torch, dtype), torch.dtype) or layout not in ("channels_last", "contiguous_format"):
+            raise ValueError(f"it says dtype {dtype!r} and memory_format {layout!r}")
+        if data["backend"] is not None and data["backend"] not in engines.ENGINES:
+            raise ValueError(f"it says backend {data['backend']!r}")
+        files.check_tensors(plan, data["tensors"], getattr(torch, dtype))
+        folding = Folding(plan, data["tensors"])
+        return cls(folding, {}, {}, getattr(torch, dtype), getattr(torch, layout), data["backend"])
 
 
 _ROOT = "model"

@@ -37,9 +37,7 @@ def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float32, torch.float16, torch.bfloat16) else f"cuDNN fuses nothing in {dtype}"
 
 
-def prepare(
-    plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor
-) -> calls.Prepared:
+def prepare(plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor) -> calls.Prepared:
     """Choose kernels and capture a graph for x's shape, in one run of the plan; likewise for each shape that comes.
 
     Args:

@@ -47,9 +47,7 @@ def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
     return f"oneDNN has no fast convolutions in {dtype} on this processor"
 
 
-def prepare(
-    plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor
-) -> calls.Prepared:
+def prepare(plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor) -> calls.Prepared:
     """Pack the weights for inputs like x, in one run of the plan; other inputs are served too.
 
     Args:

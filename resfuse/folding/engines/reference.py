@@ -15,6 +15,7 @@ from resfuse import ops
 from resfuse.folding import plan as plans
 from resfuse.folding.plan import INPUT, Plan, Step
 
+
 def activated(step: Any, x: Tensor) -> Tensor:
     """What ends a step."""
     return x if step.activation == "identity" else getattr(F, step.activation)(x, *step.scalars)

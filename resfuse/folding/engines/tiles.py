@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import groupby
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,13 @@ def missing(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _split(plan: Plan) -> Plan:
-    """The plan with activations that `run_plan` does not know behind the products that it does, as steps of their own."""
+    """The plan with activations that `run_plan` does not know as steps of their own behind their products."""
     steps: list[Step] = []
     fresh = max((step.output for step in plan.steps), default=INPUT)
     for step in plan.steps:
         if isinstance(step, plans.Convolution | plans.Linear) and step.activation not in _ACTIVATIONS:
             fresh += 1
-            ending = {"activation": step.activation, "scalars": step.scalars}
+            ending: dict[str, Any] = {"activation": step.activation, "scalars": step.scalars}
             steps.append(replace(step, output=fresh, activation="identity", scalars=()))
             steps.append(plans.ScaleShiftAct(fresh, step.output, step.names, **ending))
         else:
@@ -47,9 +47,7 @@ def _split(plan: Plan) -> Plan:
     return Plan(tuple(steps), plan.output)
 
 
-def prepare(
-    plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor
-) -> calls.Prepared:
+def prepare(plan: Plan, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], x: Tensor) -> calls.Prepared:
     """Cut the plan into runs of steps that `run_plan` knows, and steps in plain torch.
 
     Args:
@@ -84,8 +82,8 @@ def computed_by(plan: Plan, dtype: torch.dtype) -> dict[int, str]:
     found = {step.output: name if step.output in native else "torch" for step in split.steps}
     own = {INPUT, *(step.output for step in plan.steps)}
     for step in split.steps:
-        if step.input in native - own:
-            found[step.output] = f"{name}, {cast(plans.ScaleShiftAct, step).activation} by torch"
+        if isinstance(step, plans.ScaleShiftAct) and step.input in native - own:
+            found[step.output] = f"{name}, {step.activation} by torch"
     return found
 
 
