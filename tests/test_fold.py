@@ -163,7 +163,9 @@ def test_an_unknown_module_sees_what_its_part_has_written_in_place():
         cell = settle(Cell(inplace), images.clone())
         folded = resfuse.fold(cell)
         torch.testing.assert_close(folded(images.clone()), cell(images.clone()), atol=1e-5, rtol=1e-5)
-        assert any(block.fused for block in resfuse.explain(folded).blocks) is not inplace
+        blocks = resfuse.explain(folded).blocks
+        assert any(block.fused for block in blocks) is not inplace
+        assert blocks[0].reason == "resfuse folds no Cell" + "; body writes its input" * inplace
 
 
 @pytest.mark.parametrize("backend", engines_for(torch.float32))

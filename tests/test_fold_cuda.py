@@ -59,7 +59,7 @@ def test_each_shape_has_kernels_of_its_own(monkeypatch):
         Convolution(1, 2, weight="w", bias="b", residual=1, activation="relu"),
     )
     tensors = {"w": torch.randn(4, 4, 1, 1), "b": torch.randn(4)}
-    measured, captured = [], []
+    measured, captured, capturing = [], [], False
 
     def seconds(run, inputs):
         measured.append(inputs[0].shape[2])
@@ -72,13 +72,16 @@ def test_each_shape_has_kernels_of_its_own(monkeypatch):
     monkeypatch.setattr(cuda, "_device_seconds", seconds)
     monkeypatch.setattr(cuda, "_Graph", capture)
     monkeypatch.setattr(cuda, "_MAX_SHAPES", 2)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     images = {size: torch.randn(2, 4, size, size) for size in (5, 7, 9)}
     wanted = {size: reference.run(Plan(steps, 2), tensors, {}, x) for size, x in images.items()}
     run, first = cuda.prepare(Plan(steps, 2), tensors, {}, images[5])
     torch.testing.assert_close(first, wanted[5])
     for size in (7, 5, 7, 9):
+        torch.testing.assert_close(run(images[size]), wanted[size])
+    capturing = True  # by the caller: nothing is measured or replayed
+    for size in (5, 9):
         torch.testing.assert_close(run(images[size]), wanted[size])
     assert sorted(set(measured)) == [5, 7] and measured.count(5) == measured.count(7)
     assert captured == [5, 7, "replayed", "replayed"]

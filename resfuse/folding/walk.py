@@ -167,8 +167,13 @@ class Walk:
     def stock(self, module: nn.Module, name: str, x: int, reason: str) -> int:
         """module(x), called as it is; known parts of an unknown module are folded inside its copy."""
         if name not in self.modules:
-            parts = {id(part): self._nested(part, joined(name, path)) for path, part in known_parts(module)}
-            memo = {key: part for key, part in parts.items() if part is not None}
+            memo = {}
+            for path, part in known_parts(module):
+                folded = self._nested(part, joined(name, path))
+                if folded is None:
+                    reason += f"; {joined(name, path)} writes its input"
+                else:
+                    memo[id(part)] = folded
             self.modules[name] = copy.deepcopy(module, memo)
             self.reasons[name] = reason
         return self.write(plans.Stock, x, name, module=name)

@@ -145,7 +145,7 @@ class _Shapes:
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.cuda.is_current_stream_capturing():  # nothing can be measured now
+        if self._steps and torch.cuda.is_current_stream_capturing():  # nothing can be measured now
             return self._steps_for(x)(x)
         with self._lock, torch.cuda.device(x.device):
             if x.shape not in self._steps and len(self._steps) < _MAX_SHAPES:
