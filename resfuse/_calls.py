@@ -41,9 +41,9 @@ def as_dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def convolved_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a convolution of x runs: autocast's, or x's own."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
+def convolved_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a convolution of `dtype` runs in: autocast's, which leaves float64 alone, or its own."""
+    return torch.get_autocast_dtype(device) if dtype != torch.float64 and autocasts(device) else dtype
 
 
 def bump_versions(*norms: BatchNorm2dParameters | None) -> None:
@@ -60,7 +60,7 @@ def bump_versions(*norms: BatchNorm2dParameters | None) -> None:
 
 def convolve(x: Tensor, conv: Conv2dParameters) -> Tensor:
     """The convolution itself, by torch; in float32 where torch would emulate the dtype."""
-    dtype = convolved_dtype(x)
+    dtype = convolved_dtype(x.device.type, x.dtype)
     if emulated(x.device.type, dtype) and not isinstance(conv.padding, str) and not transformed():
         return autograd_wide.convolve(x.to(dtype), conv.weight, conv.bias, geometry(conv))
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -7,6 +7,7 @@ RuntimeError for channels, TypeError for types and dtypes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,17 +114,42 @@ def check_norms(
         check_batch_norm(residual_bn, shape, x.device, "residual ")
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[-1])
+def _check_numbers(name: str, value: Any, least: int) -> tuple[int, int]:
+    """(vertical, horizontal) of a convolution's argument: one int or a pair, each at least `least`."""
+    numbers = value if isinstance(value, Sequence) else (value,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if len(numbers) not in (1, 2) or min(numbers) < least:
+        raise RuntimeError(f"{name} must be one int or two, at least {least}, got {value!r}")
+    return numbers[0], numbers[-1]
 
 
-def _output_size(size: int, kernel: int, stride: int, padding: int | str, dilation: int) -> int:
-    if padding == "same":
-        return size
-    pad = 0 if isinstance(padding, str) else padding
-    return (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+def _check_geometry(conv: Conv2dParameters, shape: Sequence[int], prefix: str) -> tuple[int, int]:
+    """Height and width of conv's output; stride, padding and dilation are ones that torch accepts."""
+    stride = _check_numbers(f"{prefix}stride", conv.stride, 1)
+    dilation = _check_numbers(f"{prefix}dilation", conv.dilation, 1)
+    if conv.padding == "same":
+        if stride != (1, 1):
+            raise RuntimeError(f"{prefix}stride must be 1 with padding='same', got {conv.stride!r}")
+        return shape[2], shape[3]
+    if isinstance(conv.padding, str) and conv.padding != "valid":
+        raise RuntimeError(f"{prefix}padding must be numbers, 'same' or 'valid', got {conv.padding!r}")
+    padding = (0, 0) if conv.padding == "valid" else _check_numbers(f"{prefix}padding", conv.padding, 0)
+    kernel = conv.weight.shape[2:]
+    reach = [shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1 for i in (0, 1)]
+    if reach[0] < 0 or reach[1] < 0:
+        raise RuntimeError(
+            f"{prefix}weight of shape {tuple(conv.weight.shape)} must fit into the padded input, got an input of shape "
+            f"{tuple(shape)} with padding={conv.padding}"
+        )
+    return reach[0] // stride[0] + 1, reach[1] // stride[1] + 1
+
+
+def _check_conv_dtype(name: str, tensor: Tensor, x: Tensor, cast: bool) -> None:
+    """tensor has x's dtype, or one that autocast casts beside x: it leaves float64 and integers alone."""
+    left_alone = torch.float64 in (tensor.dtype, x.dtype) or not tensor.is_floating_point()
+    if tensor.dtype != x.dtype and (left_alone or not cast):
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
 
 
 def check_conv(
@@ -140,8 +166,7 @@ def check_conv(
             continue
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-        if tensor.dtype != x.dtype and not cast:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+        _check_conv_dtype(name, tensor, x, cast)
     if shape[1] != weight.shape[1] * conv.groups:
         raise RuntimeError(
             f"{prefix}weight of shape {tuple(weight.shape)} with groups={conv.groups} must be given "
@@ -149,19 +174,11 @@ def check_conv(
         )
     if weight.shape[0] % conv.groups != 0:
         raise RuntimeError(f"{prefix}groups must divide the {weight.shape[0]} output channels, got {conv.groups}")
+    if min(weight.shape[0], *weight.shape[2:]) < 1:
+        raise RuntimeError(f"{prefix}weight must have outputs and a kernel, got shape {tuple(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise RuntimeError(f"{prefix}bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
-    padding = (conv.padding, conv.padding) if isinstance(conv.padding, str) else _pair(conv.padding)
-    height, width = (
-        _output_size(shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    )
-    if height < 1 or width < 1:
-        raise RuntimeError(
-            f"{prefix}weight of shape {tuple(weight.shape)} must fit into the padded input, got an input of shape "
-            f"{tuple(shape)} with padding={conv.padding}"
-        )
-    return shape[0], weight.shape[0], height, width
+    return shape[0], weight.shape[0], *_check_geometry(conv, shape, prefix)
 
 
 def check_chain(

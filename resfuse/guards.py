@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 from resfuse import backends
-from resfuse._calls import autocasts
+from resfuse._calls import convolved_dtype
 from resfuse._checks import check_window
 
 
@@ -112,8 +112,7 @@ def why_stock_anywhere() -> str | None:
 
 def why_stock_input(device: str, dtype: torch.dtype, backend: str | None) -> str | None:
     """Why no backend serves activations on this device in this dtype; a requested backend is left to raise."""
-    if autocasts(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = convolved_dtype(device, dtype)
     if backend is None and (reason := backends.why_none("bn_act", device, dtype)) is not None:
         return f"no backend serves {dtype} on {device}: {reason}"
     return None

@@ -45,10 +45,6 @@ def why_not_convs(
             return f"a weight is {conv.weight.dtype}"
         if conv.padding == "same" and any(k % 2 == 0 for k in conv.weight.shape[2:]):
             return "padding is uneven"
-        if (conv.padding == "same" and set(as_pair(conv.stride)) != {1}) or (
-            not isinstance(conv.padding, str) and min(as_pair(conv.padding)) < 0
-        ):
-            return "torch refuses such padding"
     if backend is None and device != "cpu":
         shapes = tuple(tuple(Conv.of(conv.weight.shape, *geometry(conv)).as_list()) for conv in convs)
         if not any_fused(device, dtype, shapes):
@@ -62,12 +58,12 @@ def why_not(x: Tensor, convs: Sequence[Conv2dParameters], backend: str | None) -
         return "the reference runs"
     if x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
         return "x is empty or not channels_last"
-    return why_not_convs(convs, x.device.type, convolved_dtype(x), backend)
+    return why_not_convs(convs, x.device.type, convolved_dtype(x.device.type, x.dtype), backend)
 
 
 def _as_input(x: Tensor) -> Tensor:
     """x in the dtype of the convolutions, channels_last."""
-    return x.to(convolved_dtype(x)).contiguous(memory_format=torch.channels_last)
+    return x.to(convolved_dtype(x.device.type, x.dtype)).contiguous(memory_format=torch.channels_last)
 
 
 def _is_pointwise(conv: Conv2dParameters) -> bool:

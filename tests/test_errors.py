@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import batch_norm, image
 from torch import nn
 
@@ -11,10 +12,11 @@ from resfuse.nn import AddReLU, BNAct2d, ConvBNAct2d
 SHAPE = (2, 6, 4, 4)
 UNITS = (
     "add_relu", "moments", "finalize", "scale_shift_act", "bn_act", "conv_bn_act", "basic_block", "bottleneck",
-    "bn_relu_maxpool", "conv_bn_relu_maxpool",
+    "bn_relu_maxpool", "conv_bn_relu_maxpool", "preact_block",
 )  # fmt: skip
 NORMS = {  # with the residual's own, or the shortcut's
     "bn_act": 2, "conv_bn_act": 2, "basic_block": 3, "bottleneck": 4, "bn_relu_maxpool": 1, "conv_bn_relu_maxpool": 1,
+    "preact_block": 2,
 }  # fmt: skip
 
 
@@ -42,6 +44,8 @@ def arguments(unit):
     if unit in ("bn_act", "conv_bn_act"):
         first = {"x": x, "conv": conv()} if unit == "conv_bn_act" else {"x": x}
         return {**first, "bn": batch_norm(6), "residual": image(SHAPE), "residual_bn": batch_norm(6)}
+    if unit == "preact_block":
+        return {"x": x, "layers": ((batch_norm(6), conv()), (batch_norm(6), conv())), "shortcut": conv(size=1)}
     layers = {}
     for i in range(1, NORMS[unit]):
         layers |= {f"conv{i}": conv(), f"bn{i}": batch_norm(6)}
@@ -136,7 +140,20 @@ def conv_cases(units, path, prefix):
         *refused(units, f"{path}.bias", to(torch.zeros(5)), RUNTIME, rf"{prefix}bias must have shape \(6,\)", "bias"),
         *refused(units, f"{path}.groups", to(2), RUNTIME, f"{prefix}weight of shape .* with groups=2 must", "groups"),
         *refused(units, f"{path}.weight", to(torch.zeros(6, 6, 9, 9)), RUNTIME, f"{prefix}weight .* must fit", "large"),
-    ]
+        *refused(units, f"{path}.weight", lambda w: w[:0], RUNTIME, f"{prefix}weight must have outputs", "empty"),
+        *refused(units, f"{path}.weight", lambda w: w[..., :0], RUNTIME, f"{prefix}weight must have outputs", "flat"),
+        *refused(units, f"{path}.bias", to(torch.zeros(6).int()), TYPE, f"{prefix}bias must have x's dtype", "int"),
+        *refused(units, f"{path}.stride", to(0), RUNTIME, f"{prefix}stride must be .* at least 1, got 0", "zero"),
+        *refused(units, f"{path}.stride", to((1, 1, 1)), RUNTIME, f"{prefix}stride must be one int or two", "triple"),
+        *refused(units, f"{path}.stride", to(1.0), TYPE, f"{prefix}stride must be an int or a pair", "float"),
+        *refused(units, f"{path}.dilation", to((1, 0)), RUNTIME, f"{prefix}dilation must be .* at least 1", "zero"),
+        *refused(units, f"{path}.padding", to(-1), RUNTIME, f"{prefix}padding must be .* at least 0, got -1", "below"),
+        *refused(units, f"{path}.padding", to("most"), RUNTIME, f"{prefix}padding must be .* got 'most'", "name"),
+        *refused(
+            units, path, lambda conv: conv._replace(padding="same", stride=(1, 2)), RUNTIME,
+            rf"{prefix}stride must be 1 with padding='same', got \(1, 2\)", "uneven",
+        ),
+    ]  # fmt: skip
 
 
 CASES = [
@@ -195,6 +212,9 @@ CASES = [
     *conv_cases("basic_block", "conv2", "conv2."),
     *conv_cases("bottleneck", "conv3", "conv3."),
     *conv_cases(BLOCKS, "shortcut.0", "shortcut conv."),
+    *norm_cases("preact_block", "layers.1.0", "bn2."),
+    *conv_cases("preact_block", "layers.1.1", "conv2."),
+    *conv_cases("preact_block", "shortcut", "shortcut conv."),
     *refused(BLOCKS, "shortcut.0.stride", to(2), VALUE,
              r"shortcut must have the residual branch's shape \(2, 6, 4, 4\), got \(2, 6, 2, 2\)", "shape"),
     *refused(BLOCKS, "shortcut", to(torch.randn(2, 6, 4, 3)), VALUE, "shortcut must have x's shape", "tensor"),
@@ -262,11 +282,43 @@ def test_one_value_per_channel_in_the_last_layer_only(unit):
     assert_refused(getattr(functional, unit), args, ValueError, "Expected more than 1 value per channel")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": -1}, {"stride": 1.0}, {"stride": ()}, {"dilation": 0}, {"dilation": True}, {"padding": (-1, 0)},
+        {"padding": (1, 1, 1)}, {"padding": "most"}, {"padding": "same", "stride": 2}, {"groups": 0}, {"groups": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_convolution_that_torch_refuses_raises_torchs_type(options):
+    refusal = conv(**options)
+    with pytest.raises((RuntimeError, TypeError)) as stock:
+        F.conv2d(image(SHAPE), *refusal)
+    layers = ((conv(), batch_norm(6)), (refusal, batch_norm(6)))
+    assert_refused(functional.conv_bn_act_chain, {"x": image(SHAPE), "layers": layers}, stock.type, "conv2")
+
+
+@pytest.mark.parametrize("field", ["weight", "bias"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_autocast_leaves_float64_alone(dtypes, field):
+    """Beside one float64 operand and one of another dtype stock's convolution fails; with both it runs in float64."""
+    x, bias = image(SHAPE, dtypes[0]), torch.zeros(6, dtype=dtypes[0])
+    own, norms = conv(bias=bias), (batch_norm(6), batch_norm(6))
+    own = own._replace(weight=own.weight.to(dtypes[0]))
+    mixed = own._replace(**{field: getattr(own, field).to(dtypes[1])})
+    args = {"x": x, "layers": ((own, norms[0]), (mixed, norms[1]))}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_refused(functional.conv_bn_act_chain, args, TypeError, f"conv2.{field} must have x's dtype")
+        wide = own._replace(weight=own.weight.double(), bias=bias.double())
+        assert functional.conv_bn_act(image(SHAPE, torch.float64), wide, norms[0]).dtype == torch.float64
+
+
 @pytest.mark.parametrize("unit", NORMS)
 def test_eval_needs_running_statistics(unit):
     args = arguments(unit)
-    name = "bn" if "bn" in args else f"bn{NORMS[unit] - 1}"
-    args[name] = args[name]._replace(training=False, running_mean=None, running_var=None)
+    path = "bn" if "bn" in args else "layers.1.0" if "layers" in args else f"bn{NORMS[unit] - 1}"
+    frozen = {"training": False, "running_mean": None, "running_var": None}
+    args = changed(args, path, lambda bn: bn._replace(**frozen))
     assert_refused(getattr(functional, unit), args, ValueError, "running_var must be given when training is False")
 
 

@@ -48,15 +48,6 @@ def test_one_number_for_both_axes(options):
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("options", [{"padding": "same", "stride": 2}, {"padding": -1}], ids=str)
-def test_padding_that_torch_refuses_is_refused(options):
-    conv, bn, x = nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), image((2, 8, 9, 9), layout="channels_last")
-    before = bn.running_mean.clone()
-    with pytest.raises((RuntimeError, ValueError)):
-        functional.conv_bn_act(x, conv_parameters(conv)._replace(**options), batch_norm_parameters(bn))
-    assert torch.equal(bn.running_mean, before)
-
-
 def test_a_weight_with_unusual_strides_folds():
     unit, x = Bottleneck(3, 64, 16, "identity"), image((2, 64, 6, 6), layout="channels_last")
     exact = native(unit, leaf(x), folding=True)
