@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resfuse._calls import convolved_dtype
 from resfuse.backends import BACKENDS, missing
 from resfuse.guards import why_stock_anywhere, why_stock_children, why_stock_input
 from resfuse.nn import ConvBNAct2d, FusedBlock, conv_parameters
@@ -141,7 +142,7 @@ def _why_stock(module: nn.Module, backend: str | None) -> str | None:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """How each block of a model runs now.
+    """How each block of a model runs now: in its present mode, in its parameters' dtype or, under autocast, in that's.
 
     Args:
         model (nn.Module): any model, fused or not, or a folded one. Nothing is changed.
@@ -177,9 +178,9 @@ def _convolutions(module: Any) -> str:
         return "torch: the reference was asked for"
     reasons = []
     for convs in stretches:
-        weight = convs[0].weight
+        device, dtype = convs[0].weight.device.type, convs[0].weight.dtype
         parameters = [conv_parameters(conv) for conv in convs]
-        reasons.append(why_not_convs(parameters, weight.device.type, weight.dtype, backend))
+        reasons.append(why_not_convs(parameters, device, convolved_dtype(device, dtype), backend))
     left = [reason for reason in reasons if reason is not None]
     if len(left) == len(reasons):
         return f"torch: {left[0]}"

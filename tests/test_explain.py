@@ -187,6 +187,19 @@ def test_explain_says_why_a_grouped_convolution_stays_torchs(monkeypatch):
     assert second.convolutions == "torch: torch is faster below 3 channels per group in torch.float32, here 2"
 
 
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+def test_explain_under_autocast_speaks_of_its_dtype(monkeypatch):
+    monkeypatch.setattr(backends, "_TILE_CHANNELS", {torch.float32: 8, torch.bfloat16: 32})
+    model = resfuse.fuse(nn.Sequential(models.Bottleneck(64, 16)))
+    assert resfuse.explain(model).blocks[0].convolutions == "tiles"
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert str(dtype) in resfuse.explain(model).blocks[0].convolutions
+            x = torch.randn(2, 64, 5, 5).to(memory_format=torch.channels_last)
+            assert model(x).grad_fn.name().startswith("BNAct"), "torch convolves"
+    assert resfuse.explain(model.double()).blocks[0].convolutions.startswith("torch: ")
+
+
 def test_explain_says_what_of_a_highway_runs_stock():
     blocks = resfuse.explain(resfuse.fuse(models.CifarResNet(8, unit="highway"))).blocks
     assert {b.type: b.reason for b in blocks if not b.fused} == {"HighwayBlock": "resfuse has no fused HighwayBlock"}
