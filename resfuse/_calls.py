@@ -58,8 +58,17 @@ def bump_versions(*norms: BatchNorm2dParameters | None) -> None:
                 torch.autograd.graph.increment_version(tensor)
 
 
-def convolve(x: Tensor, conv: Conv2dParameters) -> Tensor:
-    """The convolution itself, by torch; in float32 where torch would emulate the dtype."""
+def beside_statistics(conv: Conv2dParameters, bn: BatchNorm2dParameters | None) -> Conv2dParameters:
+    """conv before bn: the batch's mean cancels its bias, whose gradient is zero then, not a sum's rounding errors."""
+    if conv.bias is None or bn is None or not bn.training:
+        return conv
+    nowhere = torch.zeros_like(conv.bias, dtype=torch.bool)
+    return conv._replace(bias=torch.where(nowhere, conv.bias, conv.bias.detach()))
+
+
+def convolve(x: Tensor, conv: Conv2dParameters, bn: BatchNorm2dParameters | None = None) -> Tensor:
+    """The convolution itself, by torch; in float32 where torch would emulate the dtype. `bn` normalises the result."""
+    conv = beside_statistics(conv, bn)
     dtype = convolved_dtype(x.device.type, x.dtype)
     if emulated(x.device.type, dtype) and not isinstance(conv.padding, str) and not transformed():
         return autograd_wide.convolve(x.to(dtype), conv.weight, conv.bias, geometry(conv))

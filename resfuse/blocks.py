@@ -52,7 +52,7 @@ def conv_bn_act(
     _checks.check_norms(x, shape, bn, residual, residual_bn, cast=cast)
     if residual_bn is None and raw_chain.why_not(x, [conv], backend) is None:
         return raw_chain.conv_bn_act(x, (conv, bn), residual, activation, return_moments, backend)
-    y, owned = convolve(x, conv), residual_bn is None
+    y, owned = convolve(x, conv, bn), residual_bn is None
     return bn_act(y, bn, residual, residual_bn, activation, backend, owned=owned, return_moments=return_moments)
 
 
@@ -100,14 +100,14 @@ def conv_bn_act_chain(
         return raw_chain.residual_chain(x, list(layers), shortcut, *options)
     y = x
     for conv, bn in layers[:-1]:
-        y = bn_act(convolve(y, conv), bn, None, None, activation, backend, owned=True)
+        y = bn_act(convolve(y, conv, bn), bn, None, None, activation, backend, owned=True)
     conv, bn = layers[-1]
-    y = convolve(y, conv)
+    y = convolve(y, conv, bn)
     residual: Any = shortcut
     residual_bn = None
     if isinstance(shortcut, tuple):
         projection, residual_bn = shortcut
-        residual = convolve(x, projection)
+        residual = convolve(x, projection, residual_bn)
     return bn_act(y, bn, residual, residual_bn, last_activation, backend, owned=True, return_moments=return_moments)
 
 
@@ -263,7 +263,7 @@ def preact_block(
             given = moments if i == 0 else None
             y = bn_act(y, bn, None, None, activation, backend, owned=i > 0, moments=given)
         first = y if i == 0 else first
-        y = convolve(y, conv)
+        y = convolve(y, conv, layers[i + 1][0] if i + 1 < len(layers) else None)
     added: Any = convolve(first, projection) if projection is not None else shortcut
     if return_moments:
         return add_moments(y, added, backend)

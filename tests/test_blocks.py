@@ -6,11 +6,20 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import CHAIN_MARGIN, GRADIENT_MARGIN, LAYOUTS, TRAIN_EVAL, assert_all_as_exact, image, leaf
+from numerics import (
+    CHAIN_MARGIN,
+    GRADIENT_MARGIN,
+    LAYOUTS,
+    TRAIN_EVAL,
+    assert_all_as_exact,
+    batch_norm,
+    image,
+    leaf,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from resfuse import functional, ops, reference
+from resfuse import Conv2dParameters, functional, ops, reference
 from resfuse.nn import batch_norm_parameters, conv_parameters
 
 pytestmark = pytest.mark.skipif(ops.missing_native["cpu"] is not None, reason=str(ops.missing_native["cpu"]))
@@ -358,3 +367,21 @@ def test_checkpointing_gives_the_same_gradients(depth):
     assert all(
         torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.square().sum(), leaves), expected, strict=True)
     )
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_batch_statistics_cancel_a_convolutions_bias(layout, backend):
+    """Its gradient is exactly zero, whoever convolves; of one that nothing normalises, or a frozen norm, it is not."""
+    x, bn, options = image((2, 6, 5, 5), layout=layout), partial(batch_norm, 6), {"backend": backend}
+    convs = [Conv2dParameters(leaf(torch.randn(6, 6, 3, 3)), leaf(torch.randn(6)), padding=1) for _ in range(8)]
+    outputs = [
+        functional.conv_bn_act(x, convs[0], bn(), **options),
+        functional.conv_bn_act_chain(x, [(convs[1], bn()), (convs[2], bn())], (convs[3], bn()), **options),
+        functional.preact_block(x, [(bn(), convs[4]), (bn(), convs[5])], return_moments=False, **options),
+        functional.conv_bn_relu_maxpool(x, convs[6], bn(), **options),
+        functional.conv_bn_act(x, convs[7], bn(training=False), **options),
+    ]
+    sum(out.square().sum() for out in outputs).backward()
+    assert all(conv.weight.grad.norm() > 1 for conv in convs)
+    assert [bool(conv.bias.grad.any()) for conv in convs] == [i in (5, 7) for i in range(8)]
