@@ -25,13 +25,15 @@ class Parts(NamedTuple):
 
 
 def why_not_child(child: nn.Module | None, name: str, wanted: type[nn.Module]) -> str | None:
-    """Why a child cannot be replaced by a fused call: its type is not exactly `wanted`, or something hooks its call."""
+    """Why a child cannot be replaced by a fused call: its type is not exactly `wanted`, or its call would be missed."""
     if type(child) is not wanted:
         return f"{name} is a {type(child).__name__}, not a {wanted.__name__}"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return f"{name} has a hook"
     if "forward" in child.__dict__:
         return f"{name} has its own forward"
+    if child._compiled_call_impl is not None:
+        return f"{name} is compiled by itself"
     return None
 
 

@@ -311,7 +311,7 @@ class HandsOn(FusedBlock):
 
 def is_watched(module: nn.Module) -> bool:
     """Whether it would be seen that a module is not called: by a hook, its own forward, or since it was compiled."""
-    return guards.why_not_child(module, "", type(module)) is not None or module._compiled_call_impl is not None
+    return guards.why_not_child(module, "", type(module)) is not None
 
 
 def run(module: nn.Module, x: Any, moments: Any, wanted: bool = True) -> tuple[Tensor, Moments | None]:

@@ -163,6 +163,17 @@ def test_a_hooked_child_keeps_its_block_stock(child, kind):
     assert runs_fused(blocks[0]) and resfuse.explain(blocks[0]).blocks[0].fused
 
 
+@pytest.mark.parametrize("child", [c for c in CHILDREN if c != "relu"])
+def test_a_child_that_is_compiled_by_itself_is_called(child):
+    blocks, calls = three(), []
+    module = blocks[0].get_submodule(child)
+    module._compiled_call_impl = lambda x: calls.append(1) or module._call_impl(x)  # as module.compile() sets it
+    assert_as_stock(blocks, image(blocks[0]))
+    assert len(calls) == 1
+    (report,) = resfuse.explain(blocks[0]).blocks
+    assert (report.fused, report.reason) == (False, f"{child} is compiled by itself")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_of_the_block_itself_are_called(kind):
     blocks, calls = three(), []

@@ -55,8 +55,6 @@ class _FusedFeatures(nn.FusedBlock):
     def why_stock_children(cls, block: Any) -> str | None:
         features = block._modules.get("features")
         reason = guards.why_not_child(features, "features", Sequential)
-        if reason is None and nn.is_watched(features):
-            return "features is compiled by itself"
         if reason is None and (inner := cls.fused_features.why_stock_children(features)) is not None:
             return f"features: {inner}"
         return reason
