@@ -96,6 +96,13 @@ def _cast(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else grad.to(parameter.dtype)
 
 
+def _kept(bias: Tensor | None) -> Tensor | None:
+    """A copy of a bias for backward, which may change before that, as stock does not keep it: an optimizer's step."""
+    if bias is None or torch.compiler.is_compiling():  # a compiled backward keeps what it reads, and this it does not
+        return bias
+    return bias.detach().clone().requires_grad_(bias.requires_grad)
+
+
 def _masked(grad: Tensor, out: Tensor) -> Tensor:
     """relu's gradient: grad where out > 0 or NaN, else 0, also for an infinite grad."""
     return torch.where(out.detach() <= 0, 0, grad)
@@ -164,7 +171,7 @@ class FinalizeFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         running = (running_mean, running_var, num_batches_tracked)
         scale, shift = ops.of(backend).finalize(mean, var, count, weight, bias, *running, momentum, eps)
-        ctx.save_for_backward(mean, var, weight, bias)
+        ctx.save_for_backward(mean, var, weight, _kept(bias))
         ctx.eps, ctx.backend = eps, backend
         return scale, shift
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _cast, _differentiate, _laid_out_as, _masked, _recorded, _through_moments
+from resfuse.autograd import _cast, _differentiate, _kept, _laid_out_as, _masked, _recorded, _through_moments
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.raw import (
     Pairs,
@@ -65,7 +65,7 @@ class ConvNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         y, statistics = _convolve(Raw(x, affine, mean), weight, conv_bias, bn, pairs, relu, backend)
         y_affine = statistics.affine(bn)
-        ctx.save_for_backward(x, affine, mean, weight, conv_bias, bn_weight, bn_bias, y, *statistics[:2])
+        ctx.save_for_backward(x, affine, mean, weight, _kept(conv_bias), bn_weight, _kept(bn_bias), y, *statistics[:2])
         ctx.options, ctx.backend = (bn.training, bn.eps, pairs, relu), backend
         ctx.mark_non_differentiable(statistics.mean)
         ctx.set_materialize_grads(False)
@@ -175,7 +175,7 @@ class ConvNormActFunction(torch.autograd.Function):
         else:
             out, out_mean, out_var = ops.of(backend).scale_shift_act(*arguments), None, None
         kept_mask = out if relu and residual is not None and raw.affine is None else None
-        inputs = (x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *raw)
+        inputs = (x, affine, mean, weight, _kept(conv_bias), bn_weight, _kept(bn_bias), *raw)
         handed_on = (out, out_mean) if moments else (None, None)
         ctx.save_for_backward(*inputs, statistics.var, y, statistics.mean, y_affine, kept_mask, *handed_on)
         ctx.options, ctx.backend = (bn.training, bn.eps, pairs, relu_x, relu), backend

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _beside, _cast, _differentiate, _laid_out_as, _masked, _recorded, _through_moments
+from resfuse.autograd import _beside, _cast, _differentiate, _kept, _laid_out_as, _masked, _recorded, _through_moments
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.raw import Pairs, Raw, Statistics, count, scale_shift, zeros_or
 
@@ -92,7 +92,7 @@ def fold(
     var = (_product(matrix, covariance, backend) * matrix).sum(1).clamp_min_(0)  # a sum of rounded terms may fall below
     pixels = _pixels_read(x.x, stride)
     statistics = Statistics.of_batch((matrix * a_mean).sum(1), var, pixels, bn, conv_bias, backend)
-    branch = Branch(*x, weight, conv_bias, bn.weight, bn.bias, var, statistics.scale, a_mean, covariance)
+    branch = Branch(*x, weight, _kept(conv_bias), bn.weight, _kept(bn.bias), var, statistics.scale, a_mean, covariance)
     folded = branch.folded()
     return branch, folded, zeros_or(bn.bias, statistics.scale) - (folded.float() * a_mean).sum(1)
 

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _laid_out_as, _masked, _recorded, _through_moments
+from resfuse.autograd import (
+    _cast,
+    _differentiate,
+    _graph_is_kept,
+    _kept,
+    _laid_out_as,
+    _masked,
+    _recorded,
+    _through_moments,
+)
 from resfuse.parameters import BatchNorm2dParameters, Moments
 
 
@@ -122,7 +131,8 @@ class BNActFunction(torch.autograd.Function):
         raw_saved = (None,) * 5 if raw is None else (residual, *raw.saved())
         handed_on = (out, out_mean) if return_moments else (None, None)
         ctx.save_for_backward(
-            x, weight, bias, residual_weight, residual_bias, *branch.saved(), *raw_saved, kept_mask, *handed_on
+            x, weight, _kept(bias), residual_weight, _kept(residual_bias), *branch.saved(), *raw_saved, kept_mask,
+            *handed_on,
         )  # fmt: skip
         ctx.relu, ctx.has_residual, ctx.owned, ctx.given = relu, residual is not None, owned, mean is not None
         ctx.branches = (branch.training, branch.eps), None if raw is None else (raw.training, raw.eps)

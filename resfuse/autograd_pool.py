@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _recorded
+from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _kept, _recorded
 from resfuse.autograd_norm import Normalized
 from resfuse.parameters import BatchNorm2dParameters, Moments, Window
 
@@ -63,7 +63,7 @@ class BNReLUMaxPoolFunction(torch.autograd.Function):
     ) -> Tensor:
         own = Normalized(x, bn, None if mean is None or var is None else Moments(mean, var), backend)
         out, indices = ops.of(backend).scale_shift_relu_maxpool(x, own.scale, own.shift, *window)
-        ctx.save_for_backward(x, weight, bias, indices, *own.saved())
+        ctx.save_for_backward(x, weight, _kept(bias), indices, *own.saved())
         ctx.training, ctx.eps, ctx.window, ctx.owned = own.training, own.eps, window, owned
         ctx.given, ctx.backend = mean is not None, backend
         return out

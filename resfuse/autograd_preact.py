@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _beside, _cast, _differentiate, _laid_out_as, _recorded, _through_moments
+from resfuse.autograd import _beside, _cast, _differentiate, _kept, _laid_out_as, _recorded, _through_moments
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 from resfuse.raw import Pairs, Raw, Statistics, count, geometry
 
@@ -44,7 +44,7 @@ class ConvAddFunction(torch.autograd.Function):
             x, affine, mean, relu_x, weight, None, shift, *options, moments
         )
         handed_on = (out, out_mean) if moments else (None, None)
-        ctx.save_for_backward(x, affine, mean, weight, conv_bias, *handed_on)
+        ctx.save_for_backward(x, affine, mean, weight, _kept(conv_bias), *handed_on)
         ctx.options, ctx.backend = (pairs, relu_x), backend
         ctx.set_materialize_grads(not moments)
         return (out, out_mean, out_var) if moments else out
@@ -105,7 +105,7 @@ class NormFunction(torch.autograd.Function):
             statistics = Statistics.of_batch(mean, var, pixels, bn, None, backend)
         else:
             statistics = Statistics.of_running(bn, None, backend)
-        ctx.save_for_backward(statistics.mean, statistics.var, bn_weight, bn_bias)
+        ctx.save_for_backward(statistics.mean, statistics.var, bn_weight, _kept(bn_bias))
         ctx.training, ctx.eps, ctx.backend = bn.training, bn.eps, backend
         constant = statistics.mean.clone() if bn.training else statistics.mean
         ctx.mark_non_differentiable(constant)

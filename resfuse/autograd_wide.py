@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse.autograd import _cast, _differentiate, _recorded
+from resfuse.autograd import _cast, _differentiate, _kept, _recorded
 
 Geometry = tuple[list[int], list[int], list[int], int]
 """stride, padding, dilation, groups."""
@@ -32,7 +32,7 @@ class WideConvolutionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight, _kept(bias))
         ctx.geometry = geometry
         return _conv(x, weight, bias, geometry)
 
