@@ -25,7 +25,7 @@ _TILE_CHANNELS = {torch.float32: 64, torch.bfloat16: 32}
 _TILE_GROUP_CHANNELS = {torch.float32: 2, torch.bfloat16: 2}
 # What Triton's products are made for: tensor cores, and float32.
 _TRITON_PRODUCTS = (torch.float16, torch.bfloat16, torch.float32)
-# Up to here train-time folding costs no time, by measurement: see `folds`.
+# Up to here train-time folding costs no time, by measurement: see `folds_from`.
 _FOLD_CHANNELS = 256
 
 
@@ -158,8 +158,8 @@ def emulated(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and ops.tile_operands.get(dtype, dtype) != dtype
 
 
-def folds(in_channels: int, out_channels: int, pixels: int, requested: bool | None = None) -> bool:
-    """Whether an expanding 1x1 convolution is folded with its batch normalisation in training.
+def folds_from(in_channels: int, out_channels: int, requested: bool | None = None) -> int | None:
+    """From how many pixels on an expanding 1x1 convolution is folded with its batch normalisation in training.
 
     Folding trades one write and four reads of the output for C*C*M multiply-adds twice and algebra on K-by-C matrices,
     so it may pay where the map is large beside the channels, and it keeps no second activation of the output's size.
@@ -168,12 +168,12 @@ def folds(in_channels: int, out_channels: int, pixels: int, requested: bool | No
 
     Args:
         in_channels, out_channels (int): C and K.
-        pixels (int): M = N*H*W.
         requested (bool | None): the caller's choice; None takes the measured rule.
 
     Returns:
-        bool: fold, or keep the convolution's output and normalise it in the pass that adds the residual.
+        int | None: M = N*H*W from which it folds; below, and where None, the convolution's output is kept and
+        normalised in the pass that adds the residual.
     """
     if requested is not None:
-        return requested
-    return out_channels > in_channels and in_channels <= _FOLD_CHANNELS and pixels >= 4 * in_channels
+        return 0 if requested else None
+    return 4 * in_channels if out_channels > in_channels and in_channels <= _FOLD_CHANNELS else None

@@ -137,7 +137,7 @@ def basic_block(
         backend (str | None): see :mod:`resfuse.functional`.
         folding (bool | None): fold the last batch normalisation into its convolution during training, where that is
             1x1 with stride 1, and a 1x1 projection's into the same product; None decides by
-            :func:`resfuse.backends.folds`.
+            :func:`resfuse.backends.folds_from`.
 
     Returns:
         Tensor, or tuple[Tensor, Moments] with return_moments: (N, K, H', W') in the convolutions' dtype.

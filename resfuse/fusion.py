@@ -19,7 +19,7 @@ from resfuse._calls import convolved_dtype
 from resfuse.backends import BACKENDS, missing
 from resfuse.guards import why_stock_anywhere, why_stock_children, why_stock_input
 from resfuse.nn import ConvBNAct2d, FusedBlock, conv_parameters
-from resfuse.raw_chain import why_not_convs
+from resfuse.raw_chain import folds_from, why_not_convs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,8 +71,8 @@ class BlockReport:
     """How one block runs: its qualified name ("" is the model itself), its stock class, and why it is not fused.
 
     convolutions says who computes those of a fused block: "tiles" (activations travel raw between them, if they are
-    channels_last), or "torch" and why, or how many stretches of a long block are torch's; which 1x1
-    convolutions fold is :func:`resfuse.backends.folds`'s decision.
+    channels_last), or "torch" and why, or how many stretches of a long block are torch's; and which 1x1
+    convolutions fold in training, from how many pixels of the batch on: :func:`resfuse.backends.folds_from`.
     """
 
     name: str
@@ -184,9 +184,21 @@ def _convolutions(module: Any) -> str:
     left = [reason for reason in reasons if reason is not None]
     if len(left) == len(reasons):
         return f"torch: {left[0]}"
-    folding = getattr(module, "_resfuse_folding", None)
-    how = "tiles" if folding is None else f"tiles, folding {'wherever possible' if folding else 'nothing'}"
+    how = f"tiles{_folding(module)}"
     return f"{how}; torch in {len(left)} of {len(reasons)} stretches: {left[0]}" if left else how
+
+
+def _folding(module: Any) -> str:
+    """Which convolutions of a fused block fold in training, and from how many pixels on."""
+    found: list[str] = []
+    closing = module.closing_layers() if isinstance(module, FusedBlock) else {}
+    for i, (name, layer) in enumerate(closing.items()):
+        least = folds_from(layer, module._resfuse_folding, projection=i > 0)
+        if least is None:  # without the last layer a projection does not fold either
+            break
+        out, channels = layer[0].weight.shape[:2]
+        found.append(f"{name} ({channels} -> {out})" + (f" from {least} pixels on" if least else ""))
+    return f", folding {' and '.join(found)}" if found else ""
 
 
 def fuse(
@@ -211,7 +223,7 @@ def fuse(
             name, whether to fuse it.
         backend (str | None): "native", "triton" or "reference" for every fused block; None chooses at each call.
         folding (bool | None): fold the last batch normalisation of bottlenecks into its 1x1 convolution during training
-            always (True), never (False), or by the measured rule :func:`resfuse.backends.folds` (None).
+            always (True), never (False), or by the measured rule :func:`resfuse.backends.folds_from` (None).
         strict (bool): raise if a block that filter_fn lets through would stay stock, now and with activations in its
             parameters' device and dtype.
 

@@ -229,6 +229,18 @@ class FusedBlock:
             for conv, bn in zip(parts.convs, parts.norms, strict=True)
         ]
 
+    def closing_layers(self) -> dict[str, tuple[Conv2dParameters, BatchNorm2dParameters]]:
+        """What may fold in training, by the convolution's name: the last layer, and then a projection beside it."""
+        return {}
+
+    def _closing_layers(self, downsample: Any) -> dict[str, tuple[Conv2dParameters, BatchNorm2dParameters]]:
+        """The layers of a chain that closes with its last one and this shortcut."""
+        layers, projection = (
+            {self.parts_of(self).convs[-1]: self._fused_layers()[-1]},
+            projection_parameters(downsample),
+        )
+        return layers if projection is None else {**layers, "downsample.0": projection}
+
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script asks for what to script instead, and puts it into the caller's own containers: a stock block
         # given here would undo fuse behind the caller's back
@@ -255,6 +267,9 @@ class FusedResidual(FusedBlock):
         shortcut = x if downsample is None else projection_parameters(downsample) or downsample(x)
         choice: Any = {"backend": self._resfuse_backend, "folding": self._resfuse_folding}
         return functional.conv_bn_act_chain(x, self._fused_layers(), shortcut, **choice)
+
+    def closing_layers(self) -> dict[str, tuple[Conv2dParameters, BatchNorm2dParameters]]:
+        return self._closing_layers(self._modules.get("downsample"))  # type: ignore[attr-defined]
 
 
 class FusedBasicBlock(FusedResidual):

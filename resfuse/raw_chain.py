@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resfuse import backends
 from resfuse._calls import bump_versions, convolved_dtype, serving_backend
 from resfuse.autograd import MomentsFunction
 from resfuse.autograd_conv import conv_norm, conv_norm_act
 from resfuse.autograd_folding import expand_norm_act
 from resfuse.autograd_preact import conv_add, norm
-from resfuse.backends import convolving, folds, why_not_raw
+from resfuse.backends import convolving, why_not_raw
 from resfuse.choices import Conv, any_fused
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
 from resfuse.raw import Raw, as_pair, geometry
@@ -72,18 +73,24 @@ def _is_pointwise(conv: Conv2dParameters) -> bool:
     return conv.groups == 1 and tuple(conv.weight.shape[2:]) == (1, 1) and not padded
 
 
-def _folds(x: Tensor, layer: Layer, folding: bool | None) -> bool:
-    """Whether this convolution of x folds: it is 1x1, its statistics are the batch's, and the rule or the caller says.
+def folds_from(layer: Layer, folding: bool | None, *, projection: bool = False) -> int | None:
+    """From how many pixels on a block's last layer folds; None where never. Only a projection may be strided.
 
-    The caller decides for a strided one, too: a projection's.
+    It is 1x1, its statistics are the batch's, and the rule or the caller says.
     """
     conv, bn = layer
-    if not (bn.training and _is_pointwise(conv)):
-        return False
+    if not (bn.training and _is_pointwise(conv) and (projection or set(as_pair(conv.stride)) == {1})):
+        return None
+    return backends.folds_from(conv.weight.shape[1], conv.weight.shape[0], folding)
+
+
+def _folds(x: Tensor, layer: Layer, folding: bool | None, *, projection: bool = False) -> bool:
+    """Whether this layer folds for x."""
     pixels = x.shape[0]
-    for size, step in zip(x.shape[2:], as_pair(conv.stride), strict=True):
+    for size, step in zip(x.shape[2:], as_pair(layer[0].stride), strict=True):
         pixels *= -(-size // step)
-    return folds(conv.weight.shape[1], conv.weight.shape[0], pixels, folding)
+    least = folds_from(layer, folding, projection=projection)
+    return least is not None and pixels >= least
 
 
 def _close(
@@ -102,8 +109,8 @@ def _close(
     A projection's statistics are the shortcut's own; where both convolutions fold, they are one product.
     """
     conv, bn = layer
-    if set(as_pair(conv.stride)) == {1} and _folds(x.x, layer, folding):
-        if projection is not None and shortcut is not None and _folds(shortcut, projection, folding):
+    if _folds(x.x, layer, folding):
+        if projection is not None and shortcut is not None and _folds(shortcut, projection, folding, projection=True):
             stride, branch, residual = as_pair(projection[0].stride), (shortcut, *projection), None
         else:
             stride, branch, residual = [1, 1], None, _residual(shortcut, projection, backend)

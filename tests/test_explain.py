@@ -146,20 +146,52 @@ def test_register_block_fuses_a_users_block(monkeypatch):
 def test_explain_says_who_convolves_and_fuse_takes_folding():
     model, x = nn.Sequential(models.Bottleneck(16, 4)), torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
     for folding, how in (
-        (None, "tiles"),
-        (True, "tiles, folding wherever possible"),
-        (False, "tiles, folding nothing"),
+        (None, "tiles, folding conv3 (4 -> 16) from 16 pixels on"),
+        (True, "tiles, folding conv3 (4 -> 16)"),
+        (False, "tiles"),
     ):
         resfuse.fuse(model, folding=folding)
         assert resfuse.explain(model).blocks[0].convolutions == how
         assert f"fused, convolutions by {how}" in str(resfuse.explain(model))
         assert model(x).grad_fn.name().startswith("Expand" if folding is not False else "Conv")
     model.append(models.Bottleneck(16, 4, groups=2))
-    assert resfuse.explain(resfuse.fuse(model)).blocks[1].convolutions == "tiles"
+    assert resfuse.explain(resfuse.fuse(model)).blocks[1].convolutions.startswith("tiles")
     model.double()
     assert "float64" in resfuse.explain(model).blocks[0].convolutions
     resfuse.unfuse(model)
     assert not [name for name in model[0].__dict__ if "resfuse" in name]
+
+
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+def test_explain_says_which_convolutions_fold_and_from_how_many_pixels_on():
+    network = resfuse.fuse(models.resnet50())
+    by_name = {block.name: block.convolutions for block in resfuse.explain(network).blocks}
+    conv3 = "conv3 (64 -> 256) from 256 pixels on"
+    assert by_name["layer1.0"] == f"tiles, folding {conv3} and downsample.0 (64 -> 256) from 256 pixels on"
+    assert by_name["layer1.1"] == f"tiles, folding {conv3}" and conv3 in resfuse.explain(network).to_json()
+    assert by_name["layer4.2"] == "tiles"
+    assert {block.convolutions for block in resfuse.explain(network.eval()).blocks if block.name} == {"tiles"}
+    for pixels, folds in ((256, True), (255, False)):  # what is said is what is done
+        x = torch.randn(1, 256, pixels, 1).to(memory_format=torch.channels_last)
+        assert network.train().layer1[1](x).grad_fn.name().startswith("Expand") == folds
+
+
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+@pytest.mark.parametrize("unit", ["relu_only_preact", "relu_before_add", "full_preact"])
+def test_explain_says_what_of_a_unit_folds(unit):
+    order = models.units.ORDERS[unit]
+    projection = nn.Sequential(nn.Conv2d(8, 16, 1, 2), nn.BatchNorm2d(16))
+    shape = (16, 4) if unit == "full_preact" else (8, 4, 2, projection)
+    model = nn.Sequential(models.units.ResidualUnit(*shape, order=order, bottleneck=True))
+    (block,) = resfuse.explain(resfuse.fuse(model, folding=True)).blocks
+    assert (
+        block.convolutions
+        == {
+            "relu_only_preact": "tiles, folding conv3 (4 -> 16) and downsample.0 (8 -> 16)",
+            "relu_before_add": "tiles, folding conv3 (4 -> 16)",
+            "full_preact": "tiles",
+        }[unit]
+    )
 
 
 @pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
@@ -183,7 +215,7 @@ def test_explain_says_why_a_grouped_convolution_stays_torchs(monkeypatch):
     model = nn.Sequential(*(models.Bottleneck(16, 4, groups=g, base_width=64 * 3 // g) for g in (4, 6)))
     first, second = resfuse.explain(resfuse.fuse(model)).blocks
     assert model[1].conv2.weight.shape[1] == 2
-    assert first.convolutions == "tiles"
+    assert first.convolutions.startswith("tiles, folding conv3")
     assert second.convolutions == "torch: torch is faster below 3 channels per group in torch.float32, here 2"
 
 
@@ -191,7 +223,7 @@ def test_explain_says_why_a_grouped_convolution_stays_torchs(monkeypatch):
 def test_explain_under_autocast_speaks_of_its_dtype(monkeypatch):
     monkeypatch.setattr(backends, "_TILE_CHANNELS", {torch.float32: 8, torch.bfloat16: 32})
     model = resfuse.fuse(nn.Sequential(models.Bottleneck(64, 16)))
-    assert resfuse.explain(model).blocks[0].convolutions == "tiles"
+    assert resfuse.explain(model).blocks[0].convolutions.startswith("tiles")
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
             assert str(dtype) in resfuse.explain(model).blocks[0].convolutions

@@ -60,9 +60,9 @@ def test_a_weight_with_unusual_strides_folds():
 
 
 def test_the_rule_that_folds():
-    assert backends.folds(64, 256, 50176) and not backends.folds(512, 2048, 784)
-    assert not backends.folds(256, 64, 50176), "only an expansion trades a large output away"
-    assert backends.folds(512, 2048, 784, True) and not backends.folds(64, 256, 50176, False)
+    assert backends.folds_from(64, 256) == 256 and backends.folds_from(512, 2048) is None
+    assert backends.folds_from(256, 64) is None, "only an expansion trades a large output away"
+    assert backends.folds_from(512, 2048, True) == 0 and backends.folds_from(64, 256, False) is None
 
 
 def test_narrow_convolutions_stay_torchs(monkeypatch):

@@ -80,6 +80,13 @@ class FusedResidualUnit(nn.HandsOn, ResidualUnit):
         layers = self._fused_layers()
         return functional.conv_bn_act_chain(entered, layers, shortcut, last_activation="identity", **choice), None
 
+    def closing_layers(self) -> dict[str, Any]:
+        composition = _COMPOSITIONS[self.order]
+        if composition is FusedResidualUnit._preactivated:
+            return {}
+        in_chain = composition is FusedResidualUnit._normalised and not self.clean
+        return self._closing_layers(self.downsample if in_chain else None)
+
     def _activated(self, x: Tensor, moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
         """relu bn conv ..., and the addition, which is a projection's last pass if there is one."""
         choice: Any = {"backend": self._resfuse_backend}
