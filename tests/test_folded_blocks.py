@@ -10,7 +10,8 @@ from test_blocks import Unit, fused, native, outcome, randomise
 from test_tiles import DTYPES
 from torch import nn
 
-from resfuse import ops, reference
+import resfuse
+from resfuse import models, ops, reference
 
 pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
 
@@ -185,3 +186,51 @@ def test_nothing_normalised_is_kept(folding, shortcut):
     input, the raw outputs of inner convolutions and the output."""
     unit, x = Bottleneck(3, 64, 16, shortcut), leaf(image((4, 64, 8, 8), layout="channels_last"))
     assert kept_images(lambda: native(unit, x, folding=folding)) == [16, 16, 64, 64] + [64] * (not folding)
+
+
+def activations_kept(network, x, autocast):
+    """Bytes that a step keeps of what has x's batch size in its size, however it is shaped: each memory once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor.dtype.itemsize)
+        return tensor
+
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        out = network(x)
+    assert out.requires_grad
+    sizes = [kept[address] for address in kept.keys() - parameters]
+    return sum(size for size, itemsize in sizes if size // itemsize % x.shape[0] == 0)
+
+
+def activations_needed(network, x, dtype, folds):
+    """Bytes of the images, each convolution's raw output but those that fold, each block's, the pool's, its choices."""
+    sizes, blocks, handles = [x.numel() * dtype.itemsize], (models.BasicBlock, models.Bottleneck), []
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.AdaptiveAvgPool2d, *blocks)) and not (
+            folds and name.endswith(("conv3", "downsample.0"))
+        ):
+            handles.append(module.register_forward_hook(lambda m, i, o: sizes.append(o.numel() * dtype.itemsize)))
+    handles.append(
+        network.maxpool.register_forward_hook(lambda m, i, o: sizes.append(o.numel() * (dtype.itemsize + 1)))
+    )
+    with torch.no_grad():
+        network(x)
+    for handle in handles:
+        handle.remove()
+    return sum(sizes)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("block", "folding"), [(models.BasicBlock, None), (models.Bottleneck, True), (models.Bottleneck, False)]
+)
+def test_a_network_keeps_raw_activations_and_nothing_normalised(block, folding, dtype):
+    network = models.ResNet(block, [2, 1, 1, 2], num_classes=4).to(memory_format=torch.channels_last)
+    x = torch.randn(5, 3, 64, 64).to(memory_format=torch.channels_last)  # no channel or kernel is a multiple of 5
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    needed = activations_needed(network, x, dtype, bool(folding))
+    assert activations_kept(network, x, autocast) > needed, "stock keeps what is normalised, too"
+    resfuse.fuse(network, folding=folding, strict=True)
+    assert activations_kept(network, x, autocast) == needed
