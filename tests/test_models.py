@@ -183,6 +183,12 @@ def test_bad_num_classes(name, classes, error):
         get_model(name, num_classes=classes)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vgg16_bn", "densenet121", "cifar_resnet20"])
+def test_builders_take_torchvisions_progress(name):
+    with torch.device("meta"):
+        assert models.get_model(name, progress=False, num_classes=3)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
 def test_unexpected_options_name_the_accepted():
     accepted = (
         "accepted are: weights, num_classes, in_channels, zero_init_residual, norm_layer, unit, shortcut, bottleneck, "

@@ -26,11 +26,12 @@ class Builder:
     structure: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, *, weights: WeightsSource | None = None, **options: Any) -> nn.Module:
+    def __call__(self, *, weights: WeightsSource | None = None, progress: bool = True, **options: Any) -> nn.Module:
         """Construct the network and load its weights.
 
         Args:
             weights (str | os.PathLike | Mapping[str, Tensor] | None): see :func:`load_weights`; None loads nothing.
+            progress (bool): accepted, as torchvision's builders do; nothing is downloaded, so there is none to show.
             **options: the class's other arguments.
 
         Returns:
