@@ -112,7 +112,8 @@ def finalize(
         mean, var (Tensor): (C,) float32 or float64; var is biased (divided by count).
         weight, bias (Tensor | None): (C,), any floating dtype; 1 and 0 where absent.
         eps (float): positive.
-        count (int): values per channel behind mean and var; 0 leaves running_mean and running_var alone.
+        count (int): values per channel behind mean and var; 0 leaves running_mean and running_var alone, 1 has no
+            unbiased variance to update them with.
         running_mean, running_var (Tensor | None): (C,), updated in place:
             running <- (1 - momentum) * running + momentum * batch, with var * count / (count - 1), the unbiased one.
         num_batches_tracked (Tensor | None): () int64, incremented.
@@ -131,6 +132,8 @@ def finalize(
     )
     _checks.check_vector("var", var, mean.shape[0], mean.device)
     _checks.check_batch_norm(parameters, (2, mean.shape[0], 1, 1), mean.device)
+    if count < 0 or (count == 1 and running_mean is not None):
+        raise ValueError(f"count must be 0, or more than 1 with running statistics, got {count}")
     if mean.dtype not in (torch.float32, torch.float64) or var.dtype != mean.dtype:
         raise TypeError(f"mean and var must both be float32 or float64, got {mean.dtype} and {var.dtype}")
     chosen = serving_backend("finalize", mean, backend)

@@ -29,7 +29,8 @@ def batch_norm_parameters(bn: nn.BatchNorm2d | BNAct2d) -> BatchNorm2dParameters
     """The parameters of a normalisation module for this call, as torch.nn.BatchNorm2d decides them.
 
     Batch statistics in training, and in eval where there are no running ones; running statistics are updated only in
-    training with track_running_stats, and not where gradient checkpointing computes a forward pass again: once a step.
+    training with track_running_stats, and not by a forward pass inside a backward pass, which is taken for one that
+    gradient checkpointing computes again: statistics are updated once a step.
     """
     training, running_mean, running_var = bn.training, bn.running_mean, bn.running_var
     tracked = training and bn.track_running_stats and not _recomputes()

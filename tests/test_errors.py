@@ -193,6 +193,8 @@ CASES = [
     *refused("scale_shift_act", "shift", meta, VALUE, "shift must be on x's device cpu, got meta", "device"),
     *refused("scale_shift_act", "residual_scale", torch.Tensor.double, TYPE, "residual_scale must be torch.float32",
              "dtype"),
+    *refused("finalize", "count", to(-3), VALUE, "count must be 0, or more than 1 .* got -3", "negative"),
+    *refused("finalize", "count", to(1), VALUE, "count must be 0, or more than 1 with running .* got 1", "one"),
     *refused("finalize", "mean", lambda m: m[None], VALUE, "mean must be 1D, got 2D", "rank"),
     *refused("finalize", "mean", torch.Tensor.half, TYPE, "mean and var must both be float32 or float64", "dtype"),
     *refused("finalize", "var", five, RUNTIME, r"var must have shape \(6,\)", "channels"),
