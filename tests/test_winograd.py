@@ -52,6 +52,16 @@ def test_no_floor_is_needed(shape, images):
         assert 0 < error <= 2 * bound, name
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("place", [(0, 0), (3, 3), (6, 5), (12, 8)], ids=str)
+def test_an_infinity_spreads_as_far_as_torchs(place, value):
+    """It may become NaN, in the outputs that read it and in no other."""
+    x, weight, grad, pairs = inputs(conv(64, 64, 13, 9), 2)
+    x[(1, 5, *place)] = value
+    ours, stock = plain(x, weight, grad, pairs)["y"], torch_plain(x, weight, grad, pairs)["y"]
+    assert torch.equal(ours.isfinite(), stock.isfinite()) and not ours.isfinite().all()
+
+
 @pytest.mark.parametrize(("shape", "images"), [(conv(64, 64, 13, 9), 3), (conv(32, 160, 7, 7), 17)], ids=str)
 def test_bits_do_not_depend_on_threads(shape, images, threads):
     operands_ = inputs(shape, images)
