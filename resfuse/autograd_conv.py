@@ -201,20 +201,18 @@ def _conv_norm_act_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Ten
     raw, (var, y, y_mean, y_affine, out, *_) = Raw(*rest[:3]), rest[3:]
     training, eps, pairs, relu_x, relu = ctx.options
     kernels, grad_out = ops.of(ctx.backend), _laid_out_as(grad_out, y)
-    _, shift = scale_shift(Raw(y, y_affine, y_mean))
-    scale = y_affine[1]
+    scale, shift = scale_shift(Raw(y, y_affine, y_mean))
     raw_scale, raw_shift = scale_shift(raw)
     sums, dz = kernels.scale_shift_act_backward_reduce(
         grad_out, y, scale, shift, y_mean, raw.x, raw_scale, raw_shift, raw.mean, out, relu
     )
     grad_mean, grad_var, grad_weight_bn = kernels.finalize_backward(sums[1], sums[0], var, bn_weight, eps)
-    if not training:
-        grad_mean = grad_var = None
+    through = (grad_mean, grad_var) if training else (None, None)
     grad_residual = grad_raw_affine = None
     if raw.affine is not None:
         # both branches share a mask of two activations: one pass writes both gradients
         dz, grad_residual = kernels.scale_shift_act_backward_apply(
-            grad_out, y, scale, shift, y_mean, grad_mean, grad_var,
+            grad_out, y, scale, shift, y_mean, *through,
             raw.x, raw_scale, raw_shift, raw.mean, None, None, relu,
         )  # fmt: skip
         grad_raw_affine, y_affine = torch.stack([sums[0], sums[2]]), None
@@ -224,7 +222,7 @@ def _conv_norm_act_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Ten
         # the shortcut's reader writes over its gradient, so the caller's own tensor is not handed on
         grad_residual = dz.clone() if out is None else dz
     grad_x, grad_weight, input_sums = kernels.conv_stats_backward(
-        dz, None if y_affine is None else y, y_affine, y_mean, grad_mean, grad_var, relu and out is None, x, affine,
+        dz, None if y_affine is None else y, y_affine, y_mean, *through, relu and out is None, x, affine,
         mean, weight, relu_x, *pairs, None, any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[3],
     )  # fmt: skip
     return (

@@ -129,10 +129,9 @@ class BNActFunction(torch.autograd.Function):
             out = ops.of(backend).scale_shift_act(*arguments)
         kept_mask = out if relu and residual is not None and raw is None else None
         raw_saved = (None,) * 5 if raw is None else (residual, *raw.saved())
-        handed_on = (out, out_mean) if return_moments else (None, None)
+        kept = (kept_mask, *((out, out_mean) if return_moments else (None, None)))
         ctx.save_for_backward(
-            x, weight, _kept(bias), residual_weight, _kept(residual_bias), *branch.saved(), *raw_saved, kept_mask,
-            *handed_on,
+            x, weight, _kept(bias), residual_weight, _kept(residual_bias), *branch.saved(), *raw_saved, *kept
         )  # fmt: skip
         ctx.relu, ctx.has_residual, ctx.owned, ctx.given = relu, residual is not None, owned, mean is not None
         ctx.branches = (branch.training, branch.eps), None if raw is None else (raw.training, raw.eps)
@@ -157,28 +156,18 @@ class BNActFunction(torch.autograd.Function):
         )
         grad_mean, grad_var, grad_weight = kernels.finalize_backward(sums[1], sums[0], var, weight, eps)
         through = (grad_mean, grad_var) if training and not ctx.given else (None, None)
-        raw_through, grad_raw_weight = (None, None), None
+        raw_through: Any = (None, None)
+        raw_parameters: Any = (None, None)
         if raw_branch is not None:
-            *raw_moments, grad_raw_weight = kernels.finalize_backward(
-                sums[2], sums[0], raw_var, raw_weight, raw_branch[1]
-            )
-            raw_through = raw_moments if raw_branch[0] else (None, None)
-
-        masked = out is not None  # dz already is the masked gradient
-        if masked:
-            grad_out = dz
-        grad_x = grad_residual = None
-        if ctx.needs_input_grad[0] or (raw is not None and ctx.needs_input_grad[3]):
-            arguments = (
-                grad_out, x, scale, shift, mean, *through,
-                raw, raw_scale, raw_shift, raw_mean, *raw_through, ctx.relu and not masked,
-            )  # fmt: skip
-            if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
-                # x and raw are read for the last time: their memory is in cache and spares a fresh tensor's page faults
-                kernels.scale_shift_act_backward_apply_(*arguments)
-                grad_x, grad_residual = x.detach(), None if raw is None else raw.detach()
-            else:
-                grad_x, grad_residual = kernels.scale_shift_act_backward_apply(*arguments)
+            *raw_moments, grad = kernels.finalize_backward(sums[2], sums[0], raw_var, raw_weight, raw_branch[1])
+            raw_through = raw_moments if raw_branch[0] else raw_through
+            raw_parameters = _cast(grad, raw_weight), _cast(sums[0].clone(), raw_bias)  # two parameters share no memory
+        if out is not None:
+            grad_out = dz  # already the masked gradient
+        grad_x, grad_residual = _activation_gradients(
+            ctx, grad_out, x, scale, shift, mean, *through,
+            raw, raw_scale, raw_shift, raw_mean, *raw_through, ctx.relu and out is None,
+        )  # fmt: skip
         if raw is None:
             grad_residual = grad_out if ctx.has_residual else None
         return (
@@ -186,11 +175,22 @@ class BNActFunction(torch.autograd.Function):
             _cast(grad_weight, weight),
             _cast(sums[0], bias),
             grad_residual,
-            None if grad_raw_weight is None else _cast(grad_raw_weight, raw_weight),
-            None if raw_branch is None else _cast(sums[0].clone(), raw_bias),  # two parameters share no memory
+            *raw_parameters,
             *((grad_mean, grad_var) if ctx.given else (None, None)),
             *[None] * 6,
         )
+
+
+def _activation_gradients(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of a raw residual, where one is wanted."""
+    kernels, x, raw = ops.of(ctx.backend), arguments[1], arguments[7]
+    if not (ctx.needs_input_grad[0] or (raw is not None and ctx.needs_input_grad[3])):
+        return None, None
+    if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
+        # x and raw are read for the last time: their memory is in cache and spares a fresh tensor's page faults
+        kernels.scale_shift_act_backward_apply_(*arguments)
+        return x.detach(), None if raw is None else raw.detach()
+    return kernels.scale_shift_act_backward_apply(*arguments)
 
 
 def _bn_act_double_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
