@@ -11,25 +11,22 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE, STDOUT, check_output, run
 
 from setuptools import Extension, setup
 from setuptools.modified import newer_group
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
-# LibTorch's stable ABI of 2.10: one binary for every later torch. py_limited_api does the same for Python.
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# torch's headers are system headers: their warnings are not ours
-INCLUDES = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-TORCH_LIBRARIES = cpp_extension.library_paths()
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # LibTorch's of 2.10: one binary for every later torch
+INCLUDES = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]  # whose warnings are torch's
 # no contraction to FMA: every clone of a loop, and the mask recomputed in backward, gives the bits of the forward pass
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-CUDA_FLAGS += ["-Xptxas", "-v"]  # registers, stack and spills of every kernel, for tests/cuda_build.py
+CUDA_FLAGS += [STABLE_ABI, *INCLUDES, "-c", "-Xptxas", "-v"]  # registers and spills, for tests/cuda_build.py
 PTXAS_REPORT = re.compile(r"ptxas info +:|    \d+ bytes stack frame,")  # all else that nvcc says is worth reading
 
 
@@ -43,55 +40,49 @@ def find_nvcc() -> str | None:
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"RESFUSE_CUDA must be 0, 1 or unset, got {wanted!r}")
     home = os.environ.get("CUDA_HOME") or cpp_extension.CUDA_HOME
-    nvcc = Path(home) / "bin" / "nvcc" if home else None
-    found = nvcc is not None and nvcc.is_file()
-    if wanted == "1" and not found:
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    if wanted == "1" and nvcc is None:
         raise SystemExit(f"RESFUSE_CUDA=1 needs CUDA_HOME with bin/nvcc, got CUDA_HOME={home!r}")
-    return str(nvcc) if found and wanted != "0" else None
+    return nvcc if wanted != "0" else None
 
 
 def architecture_flags(nvcc: str) -> list[str]:
     """nvcc's flags for TORCH_CUDA_ARCH_LIST: "9.0", "9.0a", "8.0;9.0+PTX" or "8.0 9.0"."""
-    known = [f"{c[3:-1]}.{c[-1]}" for c in subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()]
+    known = [f"{c[3:-1]}.{c[-1]}" for c in check_output([nvcc, "--list-gpu-code"], text=True).split()]
     default = ";".join(name for name in ("8.0", "9.0", "10.0") if name in known) + "+PTX"
-    flags = []
-    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or default).replace(";", " ").split():
+    flags, listed = [], os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    for name in listed.replace(";", " ").split():
         match = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", name)
         if match is None or match[1] not in known:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST names {name!r}; {nvcc} knows {', '.join(known)}, with a or f, +PTX")
         number = match[1].replace(".", "") + match[2]
-        for kind in ("sm", "compute") if match[3] else ("sm",):
-            flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
+        kinds = ("sm", "compute") if match[3] else ("sm",)
+        flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
     return flags
-
-
-def nvcc_flags(nvcc: str) -> list[str]:
-    return [*CUDA_FLAGS, STABLE_ABI, *INCLUDES, *architecture_flags(nvcc), "-c"]
 
 
 def object_folder(nvcc: str) -> Path:
     """Where the CUDA objects of these flags and this compiler are: all builds of a checkout share them."""
-    version = subprocess.check_output([nvcc, "--version"], text=True)
-    return ROOT / "build" / f"cuda-{hashlib.sha256(' '.join([*nvcc_flags(nvcc), version]).encode()).hexdigest()[:16]}"
+    decisive = [*CUDA_FLAGS, *architecture_flags(nvcc), check_output([nvcc, "--version"], text=True)]
+    return ROOT / "build" / f"cuda-{hashlib.sha256(' '.join(decisive).encode()).hexdigest()[:16]}"
 
 
 def compile_cuda(nvcc: str, source: str) -> str:
     """The object of one .cu file, compiled if it is stale; beside it what the compiler said."""
     output, log = (object_folder(nvcc) / (Path(source).stem + suffix) for suffix in (".o", ".log"))
     if newer_group([source, *files("*.h", "cuda/*.cuh")], str(log)):
-        done = subprocess.run([nvcc, *nvcc_flags(nvcc), source, "-o", output], capture_output=True, text=True)
-        said = done.stdout + done.stderr
-        print("".join(line for line in said.splitlines(keepends=True) if not PTXAS_REPORT.match(line)), end="")
+        command = [nvcc, *CUDA_FLAGS, *architecture_flags(nvcc), source, "-o", output]
+        done = run(command, stdout=PIPE, stderr=STDOUT, text=True)
+        print("".join(line for line in done.stdout.splitlines(True) if not PTXAS_REPORT.match(line)), end="")
         done.check_returncode()
-        log.write_text(said)  # last: an object with a log is a whole one
+        log.write_text(done.stdout)  # last: an object with a log is a whole one
     return str(output)
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's builder for the C++ library, and nvcc for the CUDA library beside it."""
+    """torch's builder for the C++ library, and nvcc for the CUDA library beside it, which is no Python module."""
 
     def get_ext_filename(self, name: str) -> str:
-        # not a Python module: its name carries no Python ABI
         return os.path.join(*name.split(".")) + ".so" if name.endswith("_cuda") else super().get_ext_filename(name)
 
     def build_extensions(self) -> None:
@@ -104,31 +95,26 @@ class BuildExtension(cpp_extension.BuildExtension):
     def build_extension(self, ext: Extension) -> None:
         if ext is not cuda_extension:
             return super().build_extension(ext)
-        nvcc = find_nvcc()
-        self.mkpath(str(object_folder(nvcc)))
+        nvcc, library = find_nvcc(), Path(self.get_ext_fullpath(cuda_extension.name))
+        for folder in (object_folder(nvcc), library.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
             compiled = list(pool.map(lambda source: compile_cuda(nvcc, source), files("cuda/*.cu")))
-        library = self.get_ext_fullpath(cuda_extension.name)
-        self.mkpath(os.path.dirname(library))
         # cudart is linked statically; libtorch.so stands for libtorch_cuda.so, which a CPU-only torch does not have
-        link = ["-shared", "-cudart=static", "-Xlinker", "--no-as-needed", f"-L{TORCH_LIBRARIES[0]}", "-ltorch"]
-        subprocess.run([nvcc, *compiled, *link, "-o", library], check=True)
+        link = ["-shared", "-cudart=static", "-Xlinker", "--no-as-needed", "-ltorch", "-o", library]
+        run([nvcc, *compiled, f"-L{cpu_extension.library_dirs[0]}", *link], check=True)
 
 
 cpu_extension = Extension(
     "resfuse._C",
     sources=files("*.cpp", "cpu/*.cpp"),
-    library_dirs=TORCH_LIBRARIES,
+    library_dirs=cpp_extension.library_paths(),
     libraries=["torch", "torch_cpu", "c10"],
     extra_compile_args={"cxx": [*FLAGS, STABLE_ABI, *INCLUDES]},
     depends=["setup.py", *files("**/*.h", "**/*.cu", "**/*.cuh")],  # a source distribution takes these files too
-    py_limited_api=True,
+    py_limited_api=True,  # one binary for every later Python
     language="c++",
 )
 cuda_extension = Extension("resfuse._cuda", sources=[])  # torch's builder would refuse .cu beside a CPU-only torch
-native = [cpu_extension, cuda_extension] if find_nvcc() else [cpu_extension]
-setup(
-    ext_modules=native if os.environ.get("RESFUSE_NATIVE") != "0" else [],
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+native = [cpu_extension, *([cuda_extension] if find_nvcc() else [])] if os.environ.get("RESFUSE_NATIVE") != "0" else []
+setup(ext_modules=native, cmdclass={"build_ext": BuildExtension}, options={"bdist_wheel": {"py_limited_api": "cp310"}})
