@@ -7,6 +7,7 @@
 // float by one instruction.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <utility>
 #include <vector>
@@ -20,6 +21,7 @@ namespace resfuse::cpu {
 
 constexpr int64_t kPanel = 32;          // channels side by side: two vectors
 constexpr int kMaxPixels = 14;          // pixels of a register tile: 14 * 2 accumulators, 2 of b, 1 of a: 31 registers
+constexpr int64_t kSumSteps = 512;      // a longer sum is one of sums: it rounds less, at 1 % of its time
 constexpr int64_t kWeightChannels = 8;  // rows of a weight gradient's register tile
 
 template <class T>
@@ -65,20 +67,41 @@ __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, i
   Lanes512 sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
+  bool first = true;
+  const auto store_sums = [&]() RESFUSE_INLINE_LAMBDA {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) {
+        float* to = c + r * c_step + v * kLanes;
+        _mm512_storeu_ps(to, first ? sum[r][v] : _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]));
+      }
+    }
+  };
+  int64_t left = kSumSteps;
   for (const Tap* tap = taps; tap < taps + tap_count; ++tap) {
     const int64_t step = tap->pixel_step;
     const U* at = patch + tap->offset + origin * tap->patch_step + pixel * step;
-    for (const U* end = at + tap->steps; at < end; ++at, b += V * kLanes) {
-      decltype(load_units(b)) lanes[V];
-      for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const auto value = broadcast_unit(at[r * step]);
-        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
+    const U* end = at + tap->steps;
+    while (at < end) {
+      if (left == 0) {
+        store_sums();
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
+        first = false;
+        left = kSumSteps;
+      }
+      const U* stop = at + std::min<int64_t>(end - at, left);
+      left -= stop - at;
+      for (; at < stop; ++at, b += V * kLanes) {
+        decltype(load_units(b)) lanes[V];
+        for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v * kLanes);
+        for (int r = 0; r < R; ++r) {
+          const auto value = broadcast_unit(at[r * step]);
+          for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
+        }
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * c_step + v * kLanes, sum[r][v]);
+  store_sums();
 }
 
 template <class U>
