@@ -30,6 +30,7 @@ _INTEGRATIONS = {
     "torchvision.models.densenet": "resfuse.integrations.torchvision",
     "resfuse.models.resnet": "resfuse.integrations.models",
     "resfuse.models.cifar": "resfuse.integrations.models",
+    "resfuse.models.highway": "resfuse.integrations.models",
     "resfuse.models.units": "resfuse.integrations.units",
     "resfuse.models.vgg": "resfuse.integrations.vgg",
     "resfuse.models.densenet": "resfuse.integrations.densenet",
@@ -211,8 +212,8 @@ def fuse(
 ) -> M:
     """Fuse the blocks of a model in place; parameters, buffers and hooks stay the same objects.
 
-    Known blocks: those of torchvision's ResNets, VGGs and DenseNets; all blocks of :mod:`resfuse.models` but the
-    highway's; and those given to :func:`register_block`. A block whose children it cannot replace (another
+    Known blocks: those of torchvision's ResNets, VGGs and DenseNets; all blocks of :mod:`resfuse.models`, the highway's
+    but for its gate; and those given to :func:`register_block`. A block whose children it cannot replace (another
     normalisation, a hook, a parametrization) stays stock, and so does, call by call, a block on a device or in a dtype
     that no backend serves; :func:`explain` says why. Call it after loading weights and before torch.compile, DDP or
     FSDP. torch.jit.script refuses a fused block: script the model unfused, or trace or export it.

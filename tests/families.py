@@ -38,6 +38,8 @@ NETWORKS = {
         for shortcut, bottleneck in (("A", False), ("B", True), ("C", False))
     },
     "plain": partial(CifarResNet, 8, shortcut=None),
+    "highway-A": partial(CifarResNet, 8, unit="highway", widths=(16, 16, 20)),
+    "highway-C": partial(CifarResNet, 8, unit="highway", shortcut="C", widths=(16, 16, 20)),
     "vgg": lambda: nn.Sequential(VGGFeatures((1, 2, 3, 1, 1), (4, 6, 8, 8, 8)), nn.Flatten()),
     "densenet": partial(models.DenseNet, 4, (2, 2, 1, 2), 8, 2, num_classes=10),
     "torchvision-vgg": torchvision_vgg,

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_fusion import nodes
 from torch import nn
 
 import resfuse
@@ -232,6 +233,15 @@ def test_explain_under_autocast_speaks_of_its_dtype(monkeypatch):
     assert resfuse.explain(model.double()).blocks[0].convolutions.startswith("torch: ")
 
 
-def test_explain_says_what_of_a_highway_runs_stock():
-    blocks = resfuse.explain(resfuse.fuse(models.CifarResNet(8, unit="highway"))).blocks
-    assert {b.type: b.reason for b in blocks if not b.fused} == {"HighwayBlock": "resfuse has no fused HighwayBlock"}
+def test_a_highways_gate_is_called_and_the_rest_is_fused():
+    block, calls = resfuse.fuse(models.HighwayBlock(8, 8)), []
+    block.gate.register_forward_hook(lambda *_: calls.append("gate"))
+    (report,) = resfuse.explain(block).blocks
+    assert report.fused and report.type == "HighwayBlock"
+    names = nodes(block(torch.randn(2, 8, 6, 6)))
+    assert calls == ["gate"] and "SigmoidBackward0" in names
+    assert not [name for name in names if "NativeBatchNorm" in name]
+    block.conv2.register_forward_hook(lambda *_: calls.append("conv2"))
+    assert resfuse.explain(block).blocks[0].reason == "conv2 has a hook"
+    block(torch.randn(2, 8, 6, 6))
+    assert calls == ["gate", "gate", "conv2"]

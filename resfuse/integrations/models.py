@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Conv2d
 
 from resfuse import functional, guards, nn
 from resfuse.guards import Parts
-from resfuse.models import BasicBlock, BNReLU, Bottleneck, CifarResNet, PlainBlock, ResNet
+from resfuse.models import BasicBlock, BNReLU, Bottleneck, CifarResNet, HighwayBlock, PlainBlock, ResNet
 from resfuse.parameters import Moments
 
 
@@ -29,6 +30,27 @@ class FusedPlainBlock(nn.FusedBlock, PlainBlock):
         if self.why_stock(x) is not None:
             return super().forward(x)
         return functional.conv_bn_act_chain(x, self._fused_layers(), backend=self._resfuse_backend)
+
+
+class FusedHighwayBlock(nn.FusedBlock, HighwayBlock):
+    """HighwayBlock whose transform and projection are fused; its gate, and what it mixes, stay stock."""
+
+    fused_parts = nn.FusedBasicBlock.fused_parts
+
+    @classmethod
+    def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
+        return [[block.conv1, block.conv2]]
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        if self.why_stock(x) is not None:
+            return super()._transformed(x)
+        return functional.conv_bn_act_chain(x, self._fused_layers(), backend=self._resfuse_backend)
+
+    def _carried(self, x: Tensor) -> Tensor:
+        projection = nn.projection_parameters(self.downsample)
+        if projection is None or self.why_stock(x) is not None:
+            return super()._carried(x)
+        return functional.conv_bn_act(x, *projection, activation="identity", backend=self._resfuse_backend)
 
 
 class FusedBNReLU(nn.HandsOn, BNReLU):
@@ -74,6 +96,7 @@ FUSED = {
     BasicBlock: FusedBasicBlock,
     Bottleneck: FusedBottleneck,
     PlainBlock: FusedPlainBlock,
+    HighwayBlock: FusedHighwayBlock,
     BNReLU: FusedBNReLU,
     ResNet: FusedResNet,
     CifarResNet: FusedCifarResNet,

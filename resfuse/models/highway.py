@@ -44,9 +44,14 @@ class HighwayBlock(PlainBlock):
         nn.init.constant_(self.gate.bias, gate_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        carried = x if self.downsample is None else self.downsample(x)
         gate = torch.sigmoid(self.gate(x))
-        return super().forward(x) * gate + carried * (1 - gate)
+        return self._transformed(x) * gate + self._carried(x) * (1 - gate)
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def _carried(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
 
     def zero_residual(self) -> None:
         """Raise ValueError: the gate's bias says how a highway begins."""
