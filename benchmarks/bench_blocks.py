@@ -11,6 +11,7 @@ from pathlib import Path
 from resfuse.bench import blocks
 from resfuse.bench.environment import native_environment
 from resfuse.bench.records import append
+from resfuse.bench.workload import PRECISIONS
 
 RESULTS = Path(__file__).parent / "results" / "blocks.jsonl"
 
@@ -20,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--modes", nargs="+", default=list(blocks.MODES), choices=blocks.MODES)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=PRECISIONS)
     parser.add_argument("--variants", nargs="+", default=["eager", "fused"], choices=blocks.VARIANTS)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--size", type=int, help="side of the network's input")

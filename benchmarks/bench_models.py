@@ -13,6 +13,7 @@ from resfuse.bench import networks, peers, scaling
 from resfuse.bench.environment import native_environment
 from resfuse.bench.networks import Cell
 from resfuse.bench.records import append
+from resfuse.bench.workload import PRECISIONS
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = (
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     modes = list(dict.fromkeys(cell.mode for cell in TABLE))
     parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=PRECISIONS)
     parser.add_argument("--variants", nargs="+", default=["eager", "compile", "fused"],
                         choices=[*peers.PEERS, *peers.OURS])  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs minutes of torch.compile")

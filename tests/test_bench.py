@@ -257,7 +257,9 @@ def test_a_cell_is_what_is_measured_not_when():
         cell(row) == cell({**row, "quick": True, "weight": None}) == ("units", "moments", "", "1x2", "", "", "float32")
     )
     assert cell(row) != cell({**row, "weight": [1, 1]})
-    with pytest.raises(ValueError, match="suite must be one of units, blocks, models, scaling, serving, got None"):
+    with pytest.raises(
+        ValueError, match="suite must be one of units, blocks, models, scaling, serving, gpu-models, got None"
+    ):
         cell({})
     assert timings({"variants": {"a": {"median_ms": 1}, "b": {"saved_bytes": 1}}}) == {"a": {"median_ms": 1}}
 
@@ -308,6 +310,32 @@ def test_parity_catches_one_zero_gradient_and_names_it(small_steps):
     errors = parity.step_errors(wrong, exact)
     assert errors["gradients"].worst == 1 and errors["gradients"].worst_name == name
     assert "gradients, worst" in broken(parity.judge(errors, [parity.step_errors(step, exact)], torch.float32))
+
+
+def test_a_gradient_that_cancels_is_judged_beside_its_layers():
+    exact = {"conv.weight": torch.full((9,), 2.0), "conv.bias": torch.tensor([1e-17]), "fc.bias": torch.tensor([1e-17])}
+    near = {**exact, "conv.bias": torch.tensor([6e-6])}
+    errors = parity.step_errors({"gradients": near}, {"gradients": exact})["gradients"]
+    assert errors.worst == pytest.approx(1e-6) and errors.worst_name == "conv.bias"
+    lost = {**exact, "fc.bias": torch.zeros(1)}  # alone in its layer, it is judged by its own size
+    assert parity.step_errors({"gradients": lost}, {"gradients": exact})["gradients"].worst == 1
+
+
+def test_a_bound_that_zeros_would_meet_proves_nothing():
+    sharp, vague, over = (
+        parity.Verdict("gradients", ours, 0.9, bound) for ours, bound in ((0.4, 0.8), (1.0, 1.8), (2.0, 1.8))
+    )
+    assert [v.proves_nothing for v in (sharp, vague, over)] == [False, True, False]
+    assert [v.holds for v in (sharp, vague, over)] == [True, False, False]
+    assert not parity.Verdict("gradients", math.nan, 0.9, 1.8).proves_nothing
+    assert vague.failed == "is off by 1.00e+00, no nearer to the exact result than zeros are"
+    assert over.failed == "is off by 2.00e+00, allowed 1.80e+00"
+
+
+def test_a_conditioned_network_drops_nothing():
+    model = parity.condition(nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.5)))
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model.train()(x), x)
 
 
 def test_parity_takes_the_most_exact_layout_but_for_gradients(small_steps):

@@ -93,6 +93,47 @@ def test_a_wrong_kernel_is_refused_before_any_row(monkeypatch):
         next(networks.run(plan, WHERE))
 
 
+@needs_native
+def test_where_the_whole_network_proves_nothing_its_blocks_are_judged(monkeypatch):
+    note = networks.check("cifar_plain20", "bfloat16")
+    assert note.startswith("gradients of the whole network prove nothing in bfloat16, stock's are off by 0.")
+    assert note.endswith("its 5 distinct blocks were judged one by one")
+    right = ops.of("native").finalize_backward
+    wrong = lambda *given: (*(found := right(*given))[:2], 1.2 * found[2])  # noqa: E731
+    monkeypatch.setattr(ops.of("native"), "finalize_backward", wrong)
+    with pytest.raises(gate.RefusedError, match=r"cifar_plain20 PlainBlock layer1\.0 bfloat16 fused gradient of"):
+        networks.check("cifar_plain20", "bfloat16")
+
+
+def test_a_refused_row_is_left_out_and_the_run_goes_on(inside, monkeypatch):
+    def check(network, dtype, device):
+        checked.append(network)
+        if network == "cifar_resnet20":
+            raise gate.RefusedError("refusing to time a wrong result: cifar_resnet20")
+        return "gradients prove nothing"
+
+    checked = []
+    monkeypatch.setattr(networks, "check", check)
+    monkeypatch.setattr(networks, "measure", lambda cell, *_, **__: cell._asdict())
+    cells = [SMALL, SMALL._replace(mode="forward"), SMALL._replace(model="cifar_plain20")]
+    rows = networks.run(networks.Plan(cells, ("float32",)), WHERE)
+    row = next(rows)
+    assert (row["model"], row["note"]) == ("cifar_plain20", "gradients prove nothing")
+    with pytest.raises(gate.RefusedError) as told:
+        next(rows)
+    assert str(told.value) == "refusing to time a wrong result: cifar_resnet20"
+    assert checked == ["cifar_resnet20", "cifar_plain20"]
+
+
+def test_what_is_compared_drops_nothing():
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    with workload.nothing_dropped(model):
+        assert torch.equal(model(torch.ones(100)), torch.ones(100))
+    assert model[0].p == 0.5
+    with pytest.raises(ValueError, match="networks run in float32, bfloat16, float16, got 'float64'"):
+        workload.lower_precision("cpu", "float64")
+
+
 def test_what_cannot_be_measured_says_why():
     row = networks.measure(SMALL, "float32", ("onnxruntime", "torch-tensorrt"), 1)
     assert row["missing"].keys() == {"onnxruntime", "torch-tensorrt"} and row["variants"] == {}
@@ -193,6 +234,7 @@ def test_the_points_of_each_axis():
     assert (found["batch"][0], found["batch"][-1]) == (1, 64) and (found["size"][0], found["size"][-1]) == (64, 512)
     assert found["depth"] == [18, 34, 50, 101, 152] and found["threads"] == [torch.get_num_threads()] == [1]
     assert scaling.points(["depth"])[0].cell.model == "resnet18"
+    assert [p.value for p in scaling.points(["batch"], quick=True)] == [1, 8]
     one, two = (scaling.work(Cell("resnet18", "training", batch, 64)) for batch in (1, 2))
     assert two == 2 * one > 0
 
@@ -215,7 +257,7 @@ def test_findings_say_where_growth_is_not_linear():
 
 @needs_native
 def test_a_curve_is_measured(inside, monkeypatch):
-    monkeypatch.setattr(scaling, "check", lambda *_: None)
+    monkeypatch.setattr(networks, "check", lambda *_: None)
     chosen = [scaling.Point("batch", n, Cell("cifar_resnet20", "inference", n, 16)) for n in (1, 2)]
     rows = list(scaling.run(chosen, ("float32",), WHERE, rounds=6))
     assert [(row["axis"], row["value"], row["threads"]) for row in rows] == [("batch", 1, 1), ("batch", 2, 1)]

@@ -116,7 +116,15 @@ def test_doctor_fails_without_native_kernels_only_where_it_is_asked_to(monkeypat
         (["bench", "model", "resnet18", "--scale", "with"], "scale must be one of batch, size, depth, threads"),
         (["bench", "model", "resnet18", "resnet34", "--scale", "size"], "in one mode, got resnet18, resnet34"),
         (["bench", "model", "resnet18", "--scale", "size", "--batch", "4"], "leave out --batch"),
-        (["bench", "block", "vgg16_bn"], "vgg16_bn has no block"),
+        (["bench", "block", "vgg16_bn"], "vgg16_bn has no block that stands alone"),
+        (["bench", "unit", "conv_stats", "--shape", "1x4x3x3"], "nothing to measure: convolutions take their shapes"),
+        (["bench", "unit", "conv_stats", "--dtype", "float64"], "nothing to measure: convolutions have tile kernels"),
+        (["bench", "model", "resnet18", "--dtype", "float64"], "dtype must be one of float32, bfloat16, float16, got"),
+        (["bench", "block", "resnet18", "--dtype", "float64"], "dtype must be one of float32, bfloat16, float16, got"),
+        (["profile", "resnet18", "--dtype", "float64"], "dtype must be one of float32, bfloat16, float16, got"),
+        (["profile", "resnet18", "--size", "8", "--batch", "1"], "batch 1 of 8: Expected more than 1 value per"),
+        (["bench", "block", "resnet18", "--output", "/dev/null/rows.jsonl"], "cannot write /dev/null/rows.jsonl: "),
+        (["bench", "block", "resnet18", "--html", "/dev/null/page.html"], "cannot write /dev/null/page.html: "),
         (["explain", "resnet18", "--backend", "nativ"], "'nativ'; nearest: native"),
         (["explain", "resnet18", "--device", "tpu"], "device must be one of cpu, cuda, got 'tpu'"),
         (["list", "modles"], "'modles'; nearest: models"),
@@ -177,16 +185,29 @@ def test_ctrl_c_keeps_what_is_measured(quick, tmp_path, monkeypatch):
     calls.clear()
     told = invoke("bench", "unit", "--shape", "1x4x3x3", "--rounds", 1, "--output", file, "--html", tmp_path)
     assert told.exit_code == 2 and f"cannot write {tmp_path}: Is a directory" in told.stderr.replace("\n", " ")
-    assert len(read(file)) == 4
+    assert not calls and len(read(file)) == 2  # said before anything is measured
 
 
 @needs_native
-def test_a_wrong_kernel_ends_a_benchmark(quick, tmp_path, monkeypatch):
+def test_a_wrong_kernels_row_is_left_out(quick, tmp_path, monkeypatch):
     right = ops.add_relu
     monkeypatch.setattr(ops, "add_relu", lambda *operands: right(*operands) * 1.01)
     told = invoke("bench", "unit", "--shape", "1x4x3x3", "--rounds", 1, "--output", tmp_path / "units.jsonl")
     assert told.exit_code == 1 and "refusing to time a wrong result: add_relu" in told.stderr
-    assert [row["unit"] for row in read(tmp_path / "units.jsonl")] == ["moments"]
+    kept = {row["unit"] for row in read(tmp_path / "units.jsonl")}
+    assert kept >= {"moments", "scale_shift_act"} and "add_relu" not in kept
+
+
+@needs_native
+def test_a_network_that_does_not_take_its_images_ends_in_one_line(quick, tmp_path, monkeypatch):
+    from test_bench_networks import Inside
+
+    monkeypatch.setattr(networks, "Worker", Inside)
+    monkeypatch.setattr(networks, "check", lambda *_: None)
+    cell = "--size", 8, "--batch", 1, "--dtype", "float32", "--output", tmp_path / "models.jsonl"
+    told = invoke("bench", "model", "resnet18", *cell)
+    assert told.exit_code == 2 and "resfuse: Expected more than 1 value per channel" in told.stderr
+    assert not (tmp_path / "models.jsonl").exists()
 
 
 @needs_native

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from resfuse import explain, fuse
-from resfuse.bench.gate import PEER_BOUND, Gate
+from resfuse.bench.gate import PEER_BOUND, Gate, Refusals
 from resfuse.bench.memory import keep_freed_memory, model_tensors, peak_allocated_bytes, saved_memory
-from resfuse.bench.networks import Tick, ratios
 from resfuse.bench.parity import FACTOR, FLOOR, relative_l2
+from resfuse.bench.peers import ratios
 from resfuse.bench.records import Record
-from resfuse.bench.timing import milliseconds
+from resfuse.bench.timing import Tick, milliseconds
 from resfuse.bench.units import speed_up
 from resfuse.bench.workload import lower_precision, stock
 
@@ -139,7 +139,7 @@ def runners(plan: Plan, block: Block, mode: str, dtype: str) -> dict[str, _Runne
     """Every variant of a block, and as "exact" the same in float64: same weights, same operands."""
     torch.manual_seed(0)
     module = dict(stock(plan.model).named_modules())[block.names[0]].train(mode != "inference")
-    x = torch.randn(block.input)
+    x = torch.randn(block.input).to(getattr(torch, dtype)).float()  # as the block before leaves it
     grad = torch.randn(module(x).shape)
     found = {}
     for name in ("exact", *plan.variants):
@@ -182,6 +182,20 @@ def check(found: dict[str, _Runner], mode: str, dtype: str, gate: Gate) -> None:
 def _stock_error(plain: dict[str, float], key: str) -> float:
     """Stock's error: of a gradient the largest of them, since a few ReLUs near zero decide by luck which one has it."""
     return max(e for k, e in plain.items() if k.startswith("gradient")) if key.startswith("gradient") else plain[key]
+
+
+def check_all(model: str, dtype: str, device: str, input_shape: tuple[int, ...]) -> int:
+    """Check a step of every distinct block of a network alone, where nothing amplifies rounding; how many there are.
+
+    Raises:
+        RefusedError: a result is wrong.
+    """
+    plan = Plan(model, device=device)
+    found = distinct_blocks(model, input_shape)
+    for block in found:
+        gate = Gate(f"{model} {block.kind} {block.names[0]} {dtype}")
+        check(runners(plan, block, "step", dtype), "step", dtype, gate)
+    return len(found)
 
 
 def measure(plan: Plan, block: Block, mode: str, dtype: str, tick: Tick = lambda _: None) -> Record:
@@ -234,7 +248,9 @@ def rows(plan: Plan) -> list[tuple[Block, str, str]]:
     kinds = list(dict.fromkeys(block.kind for block in found))
     unknown = [name for name in plan.only if name not in kinds]
     if not found:
-        raise ValueError(f"{plan.model} has no block that stands alone, with one input and one output")
+        raise ValueError(
+            f"{plan.model} has no block that stands alone, with one input and one output; bench model measures it whole"
+        )
     if unknown:
         raise ValueError(f"{plan.model} has no block {', '.join(unknown)}; it has: {', '.join(kinds)}")
     wanted = [block for block in found if not plan.only or block.kind in plan.only]
@@ -246,8 +262,11 @@ def run(plan: Plan, where: Record, tick: Tick = lambda _: None) -> Iterator[Reco
     memory = "kept" if plan.device == "cuda" or keep_freed_memory() else "fresh"
     fixed = {"suite": "blocks", "quick": plan.quick, "environment": where, "memory": memory, "backend": "native",
              "layout": "channels_last"}  # fmt: skip
+    refusals = Refusals()
     for block, mode, dtype in rows(plan):
-        yield {**fixed, **measure(plan, block, mode, dtype, tick)}
+        with refusals.skip():
+            yield {**fixed, **measure(plan, block, mode, dtype, tick)}
+    refusals.end()
 
 
 def lines(record: Record) -> list[str]:

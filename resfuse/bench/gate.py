@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from resfuse.bench.timing import Samples, interleave
@@ -14,6 +15,26 @@ PEER_BOUND = 0.3
 
 class RefusedError(SystemExit):
     """Something wrong, or something that nobody has checked, was about to be timed; ends a run, saying what."""
+
+
+class Refusals:
+    """Rows that a run leaves out because a result was wrong: the run goes on, and its end says so."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, None] = {}
+
+    @contextlib.contextmanager
+    def skip(self) -> Iterator[None]:
+        """Within: a row, which is left out where it is refused."""
+        try:
+            yield
+        except RefusedError as error:
+            self.said[str(error)] = None
+
+    def end(self) -> None:
+        """Raise RefusedError with every reason, each once, if there was any."""
+        if self.said:
+            raise RefusedError("\n".join(self.said))
 
 
 class Gate:

@@ -15,23 +15,23 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from resfuse.bench import parity, peers
-from resfuse.bench.gate import PEER_BOUND, Gate
+from resfuse.bench import blocks, parity, peers
+from resfuse.bench.gate import PEER_BOUND, Gate, Refusals, RefusedError
 from resfuse.bench.records import Record
-from resfuse.bench.timing import Samples, compare, milliseconds
+from resfuse.bench.timing import Samples, Tick, milliseconds
 from resfuse.bench.units import speed_up
 from resfuse.bench.worker import SHOWN, Worker
-from resfuse.bench.workload import Task, batch_of, build
+from resfuse.bench.workload import Task, batch_of, build, nothing_dropped
 
 WARMUP = 3
-Tick = Callable[[float], object]
+_CHECKED = (8, 64)  # images, and their side
 
 
 class Cell(NamedTuple):
@@ -72,17 +72,59 @@ class Plan:
         return [(cell, dtype) for model, dtype in networks for cell in self.cells if cell.model == model]
 
 
-def check(network: str, dtype: str, device: str = "cpu") -> None:
-    """Refuse a fused network whose training step, outputs or gradients, is less exact than the bound allows."""
-    judged = parity.judge_fused(build(network, "eager", device), *batch_of(8, 64, device), getattr(torch, dtype))
-    parity.refuse_a_wrong_result(judged, f"{network} {dtype}")
+def check(network: str, dtype: str, device: str = "cpu") -> str | None:
+    """Refuse a fused network whose training step, outputs or gradients, is less exact than the bound allows.
+
+    Where gradients prove nothing, because stock's are that inexact, its blocks are judged one by one too.
+
+    Returns:
+        str | None: that the whole network's gradients could not prove anything, and what was done.
+
+    Raises:
+        RefusedError: a result is wrong.
+    """
+    images = batch_of(*_CHECKED, device)
+    judged = parity.judge_fused(build(network, "eager", device), *images, getattr(torch, dtype))
+    whole = next(verdict for verdict in judged if verdict.quantity == "gradients")
+    vague = [verdict for verdict in judged if verdict.proves_nothing and whole.proves_nothing]
+    parity.refuse_a_wrong_result([verdict for verdict in judged if verdict not in vague], f"{network} {dtype}")
+    if not vague:
+        return None
+    count = blocks.check_all(network, dtype, device, tuple(images[0].shape))
+    others = f"its {count} distinct blocks were judged one by one" if count else "it has no block that stands alone"
+    return f"gradients of the whole network prove nothing in {dtype}, stock's are off by {whole.stock:.2f}: {others}"
+
+
+class Checks:
+    """:func:`check`, once for each network and dtype; what it found is told, or raised, every time."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.found: dict[tuple[str, str], Record | RefusedError] = {}
+
+    def __call__(self, network: str, dtype: str) -> Record:
+        """What a row says about its check: {"note": ...}, or nothing.
+
+        Raises:
+            RefusedError: the network is wrong.
+        """
+        if (network, dtype) not in self.found:
+            try:
+                note = check(network, dtype, self.device)
+                self.found[network, dtype] = {} if note is None else {"note": note}
+            except RefusedError as error:
+                self.found[network, dtype] = error
+        found = self.found[network, dtype]
+        if isinstance(found, RefusedError):
+            raise found
+        return found
 
 
 def exact_outputs(task: Task) -> Tensor:
     """What the first images of a task give in stock float32: (SHOWN, classes), float64."""
     model = build(task.model, "eager", task.device).train(task.mode != "inference")
     images, _ = batch_of(task.batch, task.size, task.device)
-    with torch.no_grad():
+    with torch.no_grad(), nothing_dropped(model):
         return model(images)[:SHOWN].double().cpu()
 
 
@@ -125,7 +167,7 @@ def measure(
         for name, row in found.items():
             row["images_per_s"] = round(1e3 * cell.batch / row["median_ms"], 2)
             row |= workers[name].memory()
-    record |= {"variants": found, "ratios": ratios(samples, list(workers))}
+    record |= {"variants": found, "ratios": peers.ratios(samples, list(workers))}
     if extra:
         record |= {"parts": {n: milliseconds(samples[n]) for n in extra}, "outside_ms": outside(samples)}
     return record
@@ -163,16 +205,6 @@ def _parts(base: Task, names: Sequence[str], processes: contextlib.ExitStack, ga
     return {name: processes.enter_context(Worker(task)) for name, task in tasks.items()}
 
 
-def ratios(samples: Samples, names: Sequence[str]) -> dict[str, Any]:
-    """Our variants over each of the others."""
-    return {
-        f"{ours}/{other}": compare(samples, ours, other)._asdict()
-        for ours in names
-        for other in names
-        if ours in peers.OURS and other not in peers.OURS
-    }
-
-
 def outside(samples: Samples) -> dict[str, float]:
     """Milliseconds of a training step outside convolutions and optimizer, by variant: see the head of this file."""
     return {
@@ -196,17 +228,18 @@ def run(plan: Plan, where: Record, tick: Tick = lambda _: None) -> Iterator[Reco
         Record: a row, as soon as it is measured.
 
     Raises:
-        RefusedError: a result is wrong; what was yielded before stands.
+        RefusedError: at the end, where results were wrong; their rows were left out.
     """
     fixed = {"suite": "models", "quick": plan.quick, "environment": where, "backend": "native",
              "layout": "channels_last"}  # fmt: skip
-    checked = set()
+    checks, refusals = Checks(plan.device), Refusals()
+    ours = any(name in peers.OURS for name in plan.variants)
     for cell, dtype in plan.rows:
-        if (cell.model, dtype) not in checked and any(name in peers.OURS for name in plan.variants):
-            check(cell.model, dtype, plan.device)
-            checked.add((cell.model, dtype))
-        found = measure(cell, dtype, plan.variants, plan.rounds, device=plan.device, parts=plan.parts, tick=tick)
-        yield {**fixed, **found}
+        with refusals.skip():
+            note = checks(cell.model, dtype) if ours else {}
+            found = measure(cell, dtype, plan.variants, plan.rounds, device=plan.device, parts=plan.parts, tick=tick)
+            yield {**fixed, **found, **note}
+    refusals.end()
 
 
 def lines(record: Record) -> list[str]:
@@ -227,4 +260,5 @@ def lines(record: Record) -> list[str]:
             if key.startswith(f"{name}/")
         ]
         text.append(f"  {name:20} {'  '.join([time, *memory, *rest, *gains])}")
-    return [*text, *(f"  {name:20} not measured: {why}" for name, why in record.get("missing", {}).items())]
+    text += [f"  {name:20} not measured: {why}" for name, why in record.get("missing", {}).items()]
+    return [*text, *(f"  {record[key]}" for key in ("note",) if key in record)]

@@ -4,13 +4,18 @@ The bound: an error is at most FACTOR times stock's in the same dtype, plus one 
 the exact step than zeros are.
 
 Errors are relative in the L2 norm: |ours - exact| / |exact|. Quantities are judged as one long vector over all their
-tensors, and gradients and statistics also by single tensors.
+tensors, and gradients and statistics also by single tensors. A tensor whose exact values have cancelled, as the
+gradient of a bias that batch statistics take away again, has no size of its own: it is judged beside its whole layer.
 
 Stock is given in both memory layouts, whose kernels round differently. Outputs, losses and statistics depend smoothly
 on rounding: there the more exact layout counts. Gradients do not: a ReLU whose input is within rounding of zero may
 let its gradient through or not, and in float32 a step has so few of these that the errors of two equally exact
 implementations can be a thousandfold apart (1e-6 with none, 1e-3 with one). There the less exact layout counts, which
 is the one that met some; over seeds, this bound tells wrong gradients from luck.
+
+A deep network without shortcuts amplifies rounding so far that in 16 bits stock's own gradients have little in common
+with the exact ones. A bound that zeros would meet proves nothing (:attr:`Verdict.proves_nothing`), and such a network's
+outputs depend on luck as gradients do; :func:`resfuse.bench.networks.check` then judges its blocks one by one.
 """
 
 from __future__ import annotations
@@ -24,12 +29,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from resfuse.bench.gate import RefusedError
 from resfuse.fusion import fuse
 
 FACTOR = 2.0
 # what a correct result may be off by where stock happens to be exact: a few roundings, or one quarter of a coarse one
 FLOOR = {torch.float64: 1e-15, torch.float32: 5e-7, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
+# a tensor below this share of its layer has cancelled
+CANCELLED = 1e-2
 
 Step = dict[str, dict[str, Tensor]]
 """What one training step leaves behind: for each quantity, its tensors by name."""
@@ -56,6 +65,18 @@ class Verdict(NamedTuple):
     def holds(self) -> bool:
         """Whether the error is within the bound and nearer to the exact result than zeros; False for NaN."""
         return self.ours <= self.bound and self.ours < 1
+
+    @property
+    def proves_nothing(self) -> bool:
+        """Whether the error is within a bound that zeros would meet too."""
+        return self.ours <= self.bound and self.bound >= 1
+
+    @property
+    def failed(self) -> str:
+        """The rule that a verdict that does not hold has broken."""
+        if not self.ours <= self.bound:
+            return f"is off by {self.ours:.2e}, allowed {self.bound:.2e}"
+        return f"is off by {self.ours:.2e}, no nearer to the exact result than zeros are"
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor, autocast: torch.dtype | None = None) -> Step:
@@ -93,8 +114,11 @@ def condition(model: nn.Module, weight: float = 0.2) -> nn.Module:
     The last normalisation of every residual branch gets `weight` for its ones, as branches of trained networks are
     weaker than their shortcuts: with ones, bfloat16 gradients of a random ResNet-50 have nothing in common with the
     exact ones, in any implementation. Running statistics start from zero, so that a step leaves this batch's alone.
+    Nothing is dropped: each step would drop something else.
     """
     for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
         last = getattr(module, "bn3", None) or getattr(module, "bn2", None)
         if isinstance(last, nn.BatchNorm2d):
             nn.init.constant_(last.weight, weight)
@@ -104,10 +128,11 @@ def condition(model: nn.Module, weight: float = 0.2) -> nn.Module:
     return model
 
 
-def relative_l2(value: Tensor, exact: Tensor) -> float:
-    """|value - exact| / |exact| in float64; 0 where both are zero, infinite where only exact is."""
+def relative_l2(value: Tensor, exact: Tensor, size: float | None = None) -> float:
+    """|value - exact| / size in float64, size |exact| if not given; 0 where both are zero, infinite where size is."""
     exact = exact.double()
-    distance, size = (value.double() - exact).norm().item(), exact.norm().item()
+    distance = (value.double() - exact).norm().item()
+    size = exact.norm().item() if size is None else size
     if size > 0:
         return distance / size
     return 0.0 if distance == 0 else math.inf
@@ -121,11 +146,23 @@ def step_errors(step: Step, exact: Step) -> dict[str, Errors]:
 def _errors(values: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Errors:
     if values.keys() != exact.keys():
         raise ValueError(f"both steps must hold the same tensors, got {sorted(values.keys() ^ exact.keys())} in one")
-    single = {name: relative_l2(values[name], exact[name]) for name in exact}
+    sizes = _sizes(exact)
+    single = {name: relative_l2(values[name], exact[name], sizes[name]) for name in exact}
     finite = {name: math.inf if math.isnan(error) else error for name, error in single.items()}
     worst = max(finite, key=finite.__getitem__)
     together = relative_l2(_one_vector(values), _one_vector(exact))
     return Errors(together, statistics.median(finite.values()), finite[worst], worst)
+
+
+def _sizes(exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """What each tensor's error is relative to: its norm, or its layer's where it has cancelled."""
+    own = {name: tensor.double().norm().item() for name, tensor in exact.items()}
+    layers: dict[str, float] = {}
+    for name, size in own.items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = math.hypot(layers.get(layer, 0.0), size)
+    whole = {name: layers[name.rpartition(".")[0]] for name in own}
+    return {name: size if size >= CANCELLED * whole[name] else whole[name] for name, size in own.items()}
 
 
 def _one_vector(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -148,15 +185,16 @@ def judge(ours: Mapping[str, Errors], stock: Sequence[Mapping[str, Errors]], dty
     Args:
         ours (Mapping[str, Errors]): from :func:`step_errors`.
         stock (Sequence[Mapping[str, Errors]]): the same for stock, in each memory layout; the most exact counts, for
-            gradients the least exact.
+            gradients, and wherever these prove nothing, the least exact.
         dtype (torch.dtype): precision of the step, which decides the floor.
 
     Returns:
         list[Verdict]: one for each quantity and way of looking at it.
     """
     verdicts = []
+    amplifies = FACTOR * max(errors["gradients"].together for errors in stock) + FLOOR[dtype] >= 1
     for quantity, kinds in _JUDGED.items():
-        which = max if quantity == "gradients" else min
+        which = max if quantity == "gradients" or amplifies else min
         for kind in kinds:
             theirs = which(getattr(errors[quantity], kind) for errors in stock)
             error = getattr(ours[quantity], kind)
@@ -194,10 +232,7 @@ def judge_fused(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch
 
 
 def refuse_a_wrong_result(verdicts: Sequence[Verdict], name: str) -> None:
-    """Raise SystemExit for the first verdict that does not hold, before anything is timed."""
+    """Raise RefusedError for the first verdict that does not hold, before anything is timed."""
     for verdict in verdicts:
         if not verdict.holds:
-            raise SystemExit(
-                f"refusing to time a wrong result: {name} {verdict.quantity} is off by {verdict.ours:.2e}, "
-                f"allowed {verdict.bound:.2e}"
-            )
+            raise RefusedError(f"refusing to time a wrong result: {name} {verdict.quantity} {verdict.failed}")

@@ -10,11 +10,13 @@ import importlib
 import importlib.util
 import io
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from resfuse.bench.timing import Samples, compare
 
 _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -111,6 +113,16 @@ def why_missing(name: str, mode: str, device: str, dtype: str) -> str | None:
     if peer.dtypes and dtype not in peer.dtypes:
         return f"it has no {dtype} networks on {device}"
     return None
+
+
+def ratios(samples: Samples, names: Sequence[str]) -> dict[str, Any]:
+    """Our variants over each of the others."""
+    return {
+        f"{ours}/{other}": compare(samples, ours, other)._asdict()
+        for ours in names
+        for other in names
+        if ours in OURS and other not in OURS
+    }
 
 
 def as_module(name: str, model: nn.Module) -> nn.Module:

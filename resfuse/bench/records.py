@@ -9,15 +9,18 @@ quantiles of :func:`resfuse.bench.timing.milliseconds`. A ratio is :class:`resfu
 * blocks: model, block, name, names, shape, batch, size, mode (forward, backward, step, inference), variants with
   images_per_s and, where it is known, saved_bytes and peak_bytes, ratios {"fused/eager": ...}.
 * models: model, batch, size, mode (forward, backward, training, inference, memory), variants with images_per_s, error,
-  saved_bytes, peak_rss_bytes, peak_bytes (of a GPU), ratios, missing (peers that were not measured, and why).
+  saved_bytes, peak_rss_bytes, peak_bytes (of a GPU), ratios, missing (peers that were not measured, and why), note
+  (what the check of the whole network could not prove).
 * scaling: as models, and axis (batch, size, depth, threads), value, threads, work (multiply-adds of a forward pass).
 * serving: model, batch, size, threads, variants with p50_ms and p99_ms of single calls, calls, images_per_s,
   first_call_s, fold_first_s, error, imported_rss_bytes, peak_rss_bytes, ratios {"folded/openvino": ...}, missing.
+* gpu-models: model, batch, size, mode, variant, and its quantiles, images_per_s and peak_bytes in the row itself.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ _CELL = {
     "models": ("model", "mode", "batch", "size"),
     "scaling": ("axis", "value", "model", "mode", "batch", "size", "threads"),
     "serving": ("model", "batch", "size", "threads"),
+    "gpu-models": ("model", "mode", "batch", "size", "variant"),
 }
 
 
@@ -50,7 +54,26 @@ def cell(record: Record) -> tuple[str, ...]:
 def timings(record: Record) -> dict[str, Record]:
     """What a record has timed, by name; what it holds without a time, as memory, is left out."""
     named = record.get("times") or record.get("variants") or {}
+    if "variant" in record:
+        named = {record["variant"]: record}
     return {name: found for name, found in named.items() if "median_ms" in found}
+
+
+def check(record: Record) -> None:
+    """Raise ValueError where a record is not one that runs can be compared by, with what is wrong."""
+    cell(record)
+    if not isinstance(record.get("environment"), dict):
+        raise ValueError(f"environment must be an object, got {record.get('environment')!r}")
+    for key in ("times", "variants"):
+        if not isinstance(record.get(key, {}), dict) or not all(
+            isinstance(t, dict) for t in record.get(key, {}).values()
+        ):
+            raise ValueError(f"{key} must be an object of objects")
+    for name, found in timings(record).items():
+        values = found.get("values_ms", [])
+        for value in (found["median_ms"], *(values if isinstance(values, list) else [values])):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"times of {name} must be positive numbers, got {value!r}")
 
 
 def append(path: Path, record: Record) -> None:

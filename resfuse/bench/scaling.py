@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resfuse.bench.networks import Cell, Tick, check, measure
+from resfuse.bench.gate import Refusals
+from resfuse.bench.networks import Cell, Checks, measure
 from resfuse.bench.records import Record
 from resfuse.bench.shapes import conv_shapes
+from resfuse.bench.timing import Tick
 from resfuse.bench.workload import stock
 
 AXES = ("batch", "size", "depth", "threads")
@@ -39,7 +41,7 @@ def points(axes: Sequence[str], model: str = "resnet50", mode: str = "training",
         axes (Sequence[str]): of AXES.
         model (str): for all axes but depth, which takes the ImageNet ResNets.
         mode (str): of :data:`resfuse.bench.workload.MODES`.
-        quick (bool): the ends and one point between.
+        quick (bool): the first point and the middle one, which end soon.
 
     Returns:
         list[Point]: axis after axis.
@@ -86,15 +88,15 @@ def run(
     """Measure point after point, as :func:`resfuse.bench.networks.run` measures rows; each network is checked once."""
     fixed = {"suite": "scaling", "quick": quick, "environment": where, "backend": "native",
              "layout": "channels_last"}  # fmt: skip
-    checked = set()
+    checks, refusals = Checks(device), Refusals()
     for dtype in dtypes:
         for point in chosen:
-            if (point.cell.model, dtype) not in checked:
-                check(point.cell.model, dtype, device)
-                checked.add((point.cell.model, dtype))
-            found = measure(point.cell, dtype, variants, rounds, device=device, threads=point.threads, tick=tick)
-            place = {"axis": point.axis, "value": point.value, "threads": point.threads or torch.get_num_threads()}
-            yield {**fixed, **place, "work": work(point.cell), **found}
+            with refusals.skip():
+                note = checks(point.cell.model, dtype)
+                found = measure(point.cell, dtype, variants, rounds, device=device, threads=point.threads, tick=tick)
+                place = {"axis": point.axis, "value": point.value, "threads": point.threads or torch.get_num_threads()}
+                yield {**fixed, **place, "work": work(point.cell), **found, **note}
+    refusals.end()
 
 
 def curves(records: Sequence[Record]) -> dict[tuple[str, ...], list[tuple[int, float]]]:

@@ -7,6 +7,7 @@ by one each round, so that a change of clock speed or a busy neighbour meets all
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Tick = Callable[[float], object]
+"""Told the share of the work done since it was called last."""
 
 Samples = dict[str, list[float]]
 """Seconds per call, by the callable's name; the i-th entries of all names were taken in the same round."""
@@ -114,6 +118,28 @@ def interval(
     tail = (1 - _CONFIDENCE) / 2
     low, high = found.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
+
+
+# the 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom; the last stands for all that follow
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def interval_of_runs(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the ratio after / before, of one value for each of several runs of both.
+
+    Student's, of the logarithms, whose spread from run to run is taken to be the same before and after. That spread
+    holds all that differs between runs, also what no sample of one run can show.
+
+    Args:
+        before, after (Sequence[float]): positive; three or more of them together.
+    """
+    logs = [[math.log(value) for value in values] for values in (before, after)]
+    means = [statistics.mean(values) for values in logs]
+    squares = sum((value - mean) ** 2 for values, mean in zip(logs, means, strict=True) for value in values)
+    freedom = len(before) + len(after) - 2
+    error = math.sqrt(squares / freedom * (1 / len(before) + 1 / len(after)))
+    reach = _STUDENT[min(freedom, len(_STUDENT)) - 1] * error
+    return math.exp(means[1] - means[0] - reach), math.exp(means[1] - means[0] + reach)
 
 
 @functools.lru_cache(maxsize=16)

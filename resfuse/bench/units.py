@@ -18,7 +18,7 @@ from torch import Tensor
 
 from resfuse import ops
 from resfuse.bench.conv_cases import ConvInputs, conv_cases, form_of
-from resfuse.bench.gate import PEER_BOUND, Gate
+from resfuse.bench.gate import PEER_BOUND, Gate, Refusals
 from resfuse.bench.memory import keep_freed_memory
 from resfuse.bench.parity import FACTOR, FLOOR, relative_l2
 from resfuse.bench.records import Record
@@ -200,6 +200,19 @@ def count(plan: Plan) -> int:
     return sum(each + (products if getattr(torch, name) in ops.tile_dtypes else 0) for name in plan.dtypes)
 
 
+def why_nothing(plan: Plan) -> str:
+    """Why a plan has no row."""
+    if plan.shape is not None:
+        return "convolutions take their shapes from a network: leave out --shape"
+    if plan.device != "cpu":
+        return f"convolutions have no native kernels on {plan.device}"
+    return f"convolutions have tile kernels in {', '.join(map(_name, ops.tile_dtypes)) or 'no dtype on this processor'}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def run(plan: Plan, where: Record, tick: Callable[[float], object] = lambda _: None) -> Iterator[Record]:
     """Measure row after row.
 
@@ -212,8 +225,9 @@ def run(plan: Plan, where: Record, tick: Callable[[float], object] = lambda _: N
         Record: a row, as soon as it is measured.
 
     Raises:
-        RefusedError: a result is wrong; what was yielded before stands.
+        RefusedError: at the end, where results were wrong; their rows were left out.
     """
+    refusals = Refusals()
     memory = "kept" if plan.device == "cuda" or keep_freed_memory() else "fresh"  # torch keeps a GPU's
     for name in plan.dtypes:
         dtype = getattr(torch, name)
@@ -222,9 +236,11 @@ def run(plan: Plan, where: Record, tick: Callable[[float], object] = lambda _: N
             fixed = {"suite": "units", "quick": plan.quick, "environment": where, "memory": memory, "backend": "native",
                      "layout": "channels_last", "dtype": name, "shape": list(i.x.shape),
                      "matmul_gflop_per_s": rate}  # fmt: skip
-            record = {**fixed, **measure(case, i, plan.rounds, plan.peers)}
-            tick(1.0)
-            yield record
+            with refusals.skip():
+                record = {**fixed, **measure(case, i, plan.rounds, plan.peers)}
+                tick(1.0)
+                yield record
+    refusals.end()
 
 
 HEAD = (

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from resfuse import fuse, models
 from resfuse.bench import convolutions, peers
 from resfuse.bench.shapes import conv_shapes
 
 MODES = ("forward", "backward", "training", "inference", "memory")
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""What networks and blocks run in: as they are, or autocast to what it lowers to."""
 
 
 class Task(NamedTuple):
@@ -23,7 +27,7 @@ class Task(NamedTuple):
         model: a network's name.
         variant: of :data:`resfuse.bench.peers.PEERS` or OURS.
         mode: of MODES; or "optimizer", the last part of a training step, or "convolutions", bare ones.
-        dtype: "float32", or what autocast runs in.
+        dtype: of PRECISIONS.
         batch, size: images, and their side in pixels.
         device: "cpu" or "cuda".
         threads: of torch; 0 leaves them as they are.
@@ -88,8 +92,28 @@ def batch_of(batch: int, size: int, device: str = "cpu", layout: torch.memory_fo
 
 
 def lower_precision(device: str, dtype: str) -> torch.autocast:
-    """autocast to `dtype`, or nothing for float32."""
+    """autocast to `dtype`, or nothing for float32.
+
+    Raises:
+        ValueError: `dtype` is none of PRECISIONS: torch would warn, and run in float32.
+    """
+    if dtype not in PRECISIONS:
+        raise ValueError(f"networks run in {', '.join(PRECISIONS)}, got {dtype!r}")
     return torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+@contextlib.contextmanager
+def nothing_dropped(model: nn.Module) -> Iterator[None]:
+    """Within: dropout passes everything on, so that outputs in training mode can be compared."""
+    layers = [module for module in model.modules() if isinstance(module, _DropoutNd)]
+    shares = [layer.p for layer in layers]
+    try:
+        for layer in layers:
+            layer.p = 0.0
+        yield
+    finally:
+        for layer, share in zip(layers, shares, strict=True):
+            layer.p = share
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> Tensor:
@@ -131,7 +155,7 @@ def _training(model: nn.Module, task: Task, images: Tensor, labels: Tensor) -> W
     kept: list[Tensor] = []
 
     def outputs() -> Tensor:
-        with lower_precision(task.device, task.dtype):
+        with lower_precision(task.device, task.dtype), nothing_dropped(model):
             return model(images).detach()
 
     def loss() -> Tensor:

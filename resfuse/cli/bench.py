@@ -14,12 +14,15 @@ from resfuse.bench import blocks, networks, peers, scaling, unit_peers, units
 from resfuse.bench.environment import describe, environment
 from resfuse.bench.networks import Cell
 from resfuse.bench.records import Record, append
-from resfuse.bench.workload import MODES
+from resfuse.bench.timing import Tick
+from resfuse.bench.workload import MODES, PRECISIONS
 from resfuse.cli.common import (
     INTERRUPTED,
+    UNUSABLE,
     WRONG,
     all_of,
     at_least,
+    check_writable,
     checked_device,
     checked_dtypes,
     checked_model,
@@ -74,6 +77,8 @@ def unit(
         count = units.count(plan)
     except ValueError as error:  # the network does not take such images
         raise stop(error) from None
+    if count == 0:
+        raise stop(f"nothing to measure: {units.why_nothing(plan)}")
     where, first = environment(device), [True]
 
     def text(record: Record) -> list[str]:
@@ -103,8 +108,9 @@ def block(
     others = [name for name in blocks.VARIANTS if name in ("eager", "fused", *all_of("peer", peer, ("compile",)))]
     plan = blocks.Plan(
         checked_model(model), batch or (2 if quick else 16), size or (64 if quick else 224),
-        all_of("mode", mode, blocks.MODES, blocks.MODES), checked_dtypes(dtype, checked_device(device), _BOTH), others,
-        tuple(only or ()), rounds or (6 if quick else 9), device, quick,
+        all_of("mode", mode, blocks.MODES, blocks.MODES),
+        checked_dtypes(dtype, checked_device(device), _BOTH, PRECISIONS), others, tuple(only or ()),
+        rounds or (6 if quick else 9), device, quick,
     )  # fmt: skip
     try:
         count = len(blocks.rows(plan))
@@ -136,7 +142,7 @@ def model(
 ) -> None:
     """Whole networks: images/s, peak memory and saved bytes of each step, fused, eager and any peer, in turn."""
     names = [checked_model(name) for name in names]
-    dtypes = checked_dtypes(dtype, checked_device(device), _BOTH)
+    dtypes = checked_dtypes(dtype, checked_device(device), _BOTH, PRECISIONS)
     batch, size, rounds = (at_least(*given) for given in (("batch", batch), ("size", size, 8), ("rounds", rounds)))
     modes = all_of("mode", mode, MODES, ("training", "inference"))
     where = environment(device)
@@ -178,7 +184,7 @@ def _variants(peer: list[str] | None) -> list[str]:
 
 
 def _measure(
-    rows: Callable[[networks.Tick], Iterator[Record]],
+    rows: Callable[[Tick], Iterator[Record]],
     count: int,
     where: Record,
     text: Callable[[Record], list[str]],
@@ -196,9 +202,13 @@ def _measure(
         html (Path | None): a page, written at the end, also at an early one.
 
     Raises:
-        typer.Exit: with 1 where a result is wrong, with 130 at Ctrl-C; the rows before it are kept.
+        typer.Exit: with 1 where a result is wrong, whose row is left out; with 2 where the network does not take what
+            it is given or a file cannot be written; with 130 at Ctrl-C. What is measured is kept.
     """
     page = import_or_stop("resfuse.bench.html", "a report page", "report") if html else None
+    for path in (output, html):
+        if path is not None:
+            check_writable(path)
     say(describe(where), "dim")
     measured: list[Record] = []
     ended = _collect(rows, count, text, output, measured)
@@ -215,7 +225,7 @@ def _measure(
 
 
 def _collect(
-    rows: Callable[[networks.Tick], Iterator[Record]],
+    rows: Callable[[Tick], Iterator[Record]],
     count: int,
     text: Callable[[Record], list[str]],
     output: Path,
@@ -236,6 +246,8 @@ def _collect(
             return "interrupted", INTERRUPTED
         except (SystemExit, RuntimeError) as error:  # a result was refused, or a process ended
             return error, WRONG
+        except ValueError as error:  # the network does not take such images, or not all of its blocks can be fused
+            return error, UNUSABLE
         except OSError as error:
-            return f"cannot write {output}: {error.strerror}", WRONG
+            return f"cannot write {output}: {error.strerror}", UNUSABLE
     return None

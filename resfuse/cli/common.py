@@ -60,9 +60,11 @@ def checked_device(device: str) -> str:
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in backends.DTYPES)
 
 
-def checked_dtypes(names: Sequence[str] | None, device: str, default: Sequence[str]) -> list[str]:
-    """Dtypes that have native kernels on the device."""
-    found = all_of("dtype", names, DTYPES, default)
+def checked_dtypes(
+    names: Sequence[str] | None, device: str, default: Sequence[str], choices: Sequence[str] = DTYPES
+) -> list[str]:
+    """Dtypes, of the choices, that have native kernels on the device."""
+    found = all_of("dtype", names, choices, default)
     for name in found:
         reason = backends.missing("bn_act", "native", device, getattr(torch, name))
         if reason is not None:
@@ -115,6 +117,18 @@ def import_or_stop(name: str, what: str, extra: str) -> Any:
         if error.name == name:
             raise stop(f"this version has no {what}") from None
         raise stop(f'{what} needs {error.name}: pip install "resfuse[{extra}]"') from None
+
+
+def check_writable(path: Path) -> None:
+    """Stop before anything is measured if a file could not be written; its folder is made, and nothing else left."""
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise stop(f"cannot write {path}: {error.strerror}") from None
+    if not there:
+        path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from resfuse.bench import profiling
 from resfuse.bench.environment import describe, environment
 from resfuse.bench.profiling import Profile
-from resfuse.bench.workload import Task
+from resfuse.bench.workload import PRECISIONS, Task
 from resfuse.cli.common import at_least, checked_device, checked_dtypes, checked_model, console, one_of, say, stop
 
 _MODES = ("training", "forward", "backward", "inference")
@@ -35,7 +35,7 @@ def profile(
     """
     checked_model(model)
     one_of("mode", mode, _MODES)
-    (dtype,) = checked_dtypes([dtype], checked_device(device), ())
+    (dtype,) = checked_dtypes([dtype], checked_device(device), (), PRECISIONS)
     at_least("batch", batch)
     at_least("size", size, 8)
     batch, size = (2, 64) if quick else (batch, size)
@@ -47,7 +47,10 @@ def profile(
     for name, variant in (("stock", "eager"), ("fused", "fused")):
         with console.status(f"{model}, {name}"):
             task = Task(model, variant, mode, dtype, batch, size, device)
-            found[name] = profiling.profile_task(task, output / f"{name}.trace.json")
+            try:
+                found[name] = profiling.profile_task(task, output / f"{name}.trace.json")
+            except ValueError as error:  # the network does not take such images, or not all of its blocks can be fused
+                raise stop(f"{model} {mode}, batch {batch} of {size}: {error}") from None
     where = environment(device)
     say(f"{model} {mode} {dtype}, batch {batch} of {size}; {describe(where)}")
     _show(found)
