@@ -237,6 +237,9 @@ def test_unexpected_options_name_the_accepted():
         ),
         ("vgg16_bn", {"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
         ("densenet121", {"bn_size": 0}, ValueError, "bn_size must be at least 1, got 0"),
+        ("densenet121", {"drop_rate": "x"}, TypeError, r"drop_rate must be a number in \[0, 1\], got 'x'"),
+        ("densenet121", {"drop_rate": 1.5}, ValueError, r"drop_rate must be in \[0, 1\], got 1.5"),
+        ("vgg16_bn", {"dropout": "x"}, TypeError, r"dropout must be a number in \[0, 1\], got 'x'"),
     ],
 )
 def test_bad_options(name, options, error, message):

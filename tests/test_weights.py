@@ -76,11 +76,12 @@ def test_misfit_names_everything_and_leaves_the_model_alone(tiny, tmp_path):
     [
         (lambda model: {"model": snapshot(model)}, "plain state_dict.* got dict at 'model'; pass .* at 'model'$"),
         (lambda model: {"step": 3, "model": snapshot(model)}, "plain state_dict.* got int at 'step'; .* at 'model'$"),
+        (lambda model: {**snapshot(model), "fc.bias": torch.ones(10) * 1j}, "got torch.complex64 at 'fc.bias'$"),
         (lambda model: {0: model.fc.bias}, "plain state_dict.* got Parameter at 0$"),
         (lambda model: [model.fc.bias], "plain state_dict.* got list$"),
         (lambda model: model, "cannot be read, .* more than tensors"),
     ],
-    ids=["wrapped", "training", "int-key", "list", "module"],
+    ids=["wrapped", "training", "complex", "int-key", "list", "module"],
 )
 def test_only_plain_state_dicts(tiny, tmp_path, wrap, message):
     content = wrap(tiny)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resfuse.models.builder import Builder
 from resfuse.models.checkpointing import recomputed
-from resfuse.models.parts import check_length, check_positive_int, conv1x1, conv3x3, initialise
+from resfuse.models.parts import check_length, check_positive_int, check_probability, conv1x1, conv3x3, initialise
 
 
 class DenseLayer(nn.Module):
@@ -137,8 +137,8 @@ class DenseNet(nn.Module):
         (N, 3, H, W) to (N, num_classes).
 
     Raises:
-        TypeError: a count that is not an int.
-        ValueError: a count below 1, or a sequence of the wrong length.
+        TypeError: a count that is not an int, a drop_rate that is no number.
+        ValueError: a count below 1, a sequence of the wrong length, a drop_rate outside [0, 1].
 
     Source: Huang et al., Densely Connected Convolutional Networks, 2016.
     """
@@ -157,6 +157,7 @@ class DenseNet(nn.Module):
         for argument in ("growth_rate", "num_init_features", "bn_size", "num_classes"):
             check_positive_int(argument, locals()[argument])
         check_length("block_config", block_config, 4)
+        check_probability("drop_rate", drop_rate)
         self.features = DenseFeatures(
             growth_rate, block_config, num_init_features, bn_size, drop_rate, memory_efficient
         )

@@ -135,6 +135,14 @@ def check_positive_int(argument: str, value: object) -> None:
         raise ValueError(f"{argument} must be at least 1, got {value}")
 
 
+def check_probability(argument: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is in [0, 1]."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be a number in [0, 1], got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{argument} must be in [0, 1], got {value}")
+
+
 def check_length(argument: str, value: Sequence[object], length: int) -> None:
     """Raise TypeError unless ``value`` is a sequence, ValueError unless it has ``length`` elements."""
     if not isinstance(value, Sequence):

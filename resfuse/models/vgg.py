@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.models.builder import Builder
-from resfuse.models.parts import check_length, check_positive_int, initialise
+from resfuse.models.parts import check_length, check_positive_int, check_probability, initialise
 
 
 class VGGFeatures(nn.Sequential):
@@ -61,6 +61,7 @@ class VGG(nn.Module):
     def __init__(self, layers: Sequence[int], num_classes: int = 1000, dropout: float = 0.5) -> None:
         super().__init__()
         check_positive_int("num_classes", num_classes)
+        check_probability("dropout", dropout)
         self.features = VGGFeatures(layers)
         self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
         sizes = (512 * 7 * 7, 4096, 4096, num_classes)

@@ -99,6 +99,8 @@ def _check_plain(state: object, origin: str) -> None:
             raise ValueError(f"{rule}, got {type(value).__name__} at {key!r}{hint}")
         if value.is_meta:
             raise ValueError(f"{rule}, got a tensor without data (meta device) at {key!r}")
+        if value.is_complex():  # copying it would drop the imaginary part
+            raise ValueError(f"{rule}, got {value.dtype} at {key!r}")
 
 
 def _check_fit(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], problem: str) -> None:
