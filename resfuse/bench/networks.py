@@ -91,6 +91,8 @@ def check(network: str, dtype: str, device: str = "cpu") -> str | None:
     if not vague:
         return None
     count = blocks.check_all(network, dtype, device, tuple(images[0].shape))
+    if count == 0:
+        parity.refuse_a_wrong_result(vague, f"{network} {dtype}")
     others = f"its {count} distinct blocks were judged one by one" if count else "it has no block that stands alone"
     return f"gradients of the whole network prove nothing in {dtype}, stock's are off by {whole.stock:.2f}: {others}"
 
