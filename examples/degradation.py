@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from degradation_pages import Result, draw, print_table, publish
 from loss_surface import coordinates, directions, gradient_norms, surface_row
-from resumable import Stop, TrainingError, read_run, restore, write
+from resumable import Stop, TrainingError, device_of, read_run, restore, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -251,6 +251,7 @@ def run(args: argparse.Namespace, settings: Settings, console: Console) -> list[
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> list[Result]:
     args, console = parse(argv), Console()
     settings = settings or (QUICK if args.quick else FULL)
+    device_of(args.device)
     try:
         results = run(args, settings, console)
     except StoppedError:

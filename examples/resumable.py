@@ -18,6 +18,31 @@ class TrainingError(RuntimeError):
     """What the user has to put right: a file that cannot be read, or options that do not go together."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, without the traceback of the worker process that it may come from."""
+    return str(error).rpartition("TrainingError: ")[2].strip()
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name, if torch has it here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TrainingError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise TrainingError(f"--device {name}: torch finds {count or 'no'} NVIDIA GPU{'s' if count > 1 else ''}")
+    return device
+
+
+def positive(text: str) -> int:
+    """The number of an option that must be at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def write(content: Any, path: Path) -> None:
     """torch.save to a new file that then takes the old one's place: a failure leaves the old one."""
     fresh = path.with_name(path.name + ".writing")

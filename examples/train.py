@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from resumable import Stop, TrainingError, read_run, restore, write
+from resumable import Stop, TrainingError, device_of, one_line, positive, read_run, restore, write
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -34,7 +34,7 @@ from resfuse.bench.peers import import_torchvision
 
 # what decides the course of a run: a checkpoint continues only the run it belongs to
 COURSE = ("dataset", "model", "model_option", "batch_size", "epochs", "lr", "momentum", "weight_decay", "warmup_epochs",
-          "label_smoothing", "ema_decay", "amp", "seed")  # fmt: skip
+          "label_smoothing", "ema_decay", "amp", "train_crop_size", "seed")  # fmt: skip
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -53,8 +53,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="resnet50", help="one of resfuse.models.list_models()")
     add("--model-option", type=option, action="append", default=[], metavar="NAME=VALUE", help="as shortcut=A")
     add("--weights", help="start from this .pth or .safetensors file")
-    add("--batch-size", type=int, default=32, help="images per process and step")
-    add("--epochs", type=int, default=90)
+    add("--batch-size", type=positive, default=32, help="images per process and step")
+    add("--epochs", type=positive, default=90)
     add("--lr", type=float, default=0.1)
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float, default=1e-4)
@@ -64,16 +64,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", choices=("bfloat16", "float16"), help="autocast to this dtype")
     add("--fuse", action=on_off, default=True)
     add("--channels-last", action=on_off, default=True)
-    add("--train-crop-size", type=int, default=224)
-    add("--val-resize-size", type=int, default=256)
-    add("--val-crop-size", type=int, default=224)
+    add("--train-crop-size", type=positive, default=224)
+    add("--val-resize-size", type=positive, default=256)
+    add("--val-crop-size", type=positive, default=224)
     add("--workers", type=int, default=4)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
-    add("--output-dir", type=Path, default=Path("train-out"), help="for checkpoint.pt and model.pth")
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("train-out"),
+        help="for checkpoint.pt and model.pth; a new run takes one that holds no checkpoint",
+    )
     add("--resume", type=Path, help="a checkpoint.pt to continue from")
-    add("--save-freq", type=int, default=1000, help="steps between checkpoints, besides one per epoch")
-    add("--print-freq", type=int, default=20, help="steps between lines")
+    add("--save-freq", type=positive, default=1000, help="steps between checkpoints, besides one per epoch")
+    add("--print-freq", type=positive, default=20, help="steps between lines")
     add("--tensorboard", type=Path, help="write curves into this folder")
     add("--test-only", action="store_true")
     args = parser.parse_args(argv)
@@ -172,10 +177,11 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
 class Run:
     """The model, what trains it, and how many steps have been taken: all that a checkpoint holds."""
 
-    def __init__(self, args: argparse.Namespace, classes: int, steps_per_epoch: int) -> None:
+    def __init__(self, args: argparse.Namespace, classes: int, images: int, steps_per_epoch: int) -> None:
         self.args, self.steps_per_epoch, self.step = args, steps_per_epoch, 0
         self.checkpoint = args.output_dir / "checkpoint.pt"
-        self.course = {key: getattr(args, key) for key in COURSE} | {"world_size": rank_and_size()[1]}
+        self.course = {key: getattr(args, key) for key in COURSE}
+        self.course |= {"world_size": rank_and_size()[1], "training_images": images}
         self.device = torch.device(args.device)
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = build(args, classes).to(self.device, memory_format=self.layout)
@@ -269,7 +275,9 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise TrainingError(f"--tensorboard needs a package: pip install tensorboard ({error})") from error
+                raise TrainingError(
+                    f'--tensorboard needs a package: pip install "resfuse[examples]" ({error})'
+                ) from error
             self.curves = SummaryWriter(folder)
 
     def __call__(self, text: str, step: int = 0, **numbers: float) -> None:
@@ -307,6 +315,7 @@ def validate(run: Run, loader: DataLoader, log: Log) -> None:
 
 def main(argv: list[str] | None = None) -> Run:
     args = parse(argv)
+    device_of(args.device)
     if "RANK" in os.environ:  # torchrun
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -315,10 +324,12 @@ def main(argv: list[str] | None = None) -> Run:
     shards = Shard(len(train), args.batch_size, args.seed), Shard(len(val), None, args.seed)
     loading = {"batch_size": args.batch_size, "num_workers": args.workers, "pin_memory": args.device != "cpu"}
     loaders = [DataLoader(part, sampler=shard, **loading) for part, shard in zip((train, val), shards, strict=True)]
-    log, run = Log(args.tensorboard), Run(args, classes, shards[0].steps)
+    log, run = Log(args.tensorboard), Run(args, classes, len(train), shards[0].steps)
     log(str(resfuse.explain(run.model)).splitlines()[0])
     if args.resume is not None:
         run.resume(args.resume)
+    elif run.checkpoint.exists() and not args.test_only:
+        raise TrainingError(f"{run.checkpoint} is another run's: --resume it, or choose another --output-dir")
     if args.test_only:
         validate(run, loaders[1], log)
         return run
@@ -339,7 +350,7 @@ if __name__ == "__main__":
     try:
         main()
     except (TrainingError, FileNotFoundError) as error:
-        raise SystemExit(f"train.py: {error}") from None
+        raise SystemExit(f"train.py: {one_line(error)}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -296,3 +296,8 @@ def test_textures_are_ten_classes_whose_parts_share_no_pixel(images, monkeypatch
     train, test = load_textures(200, 200)
     assert train.max() < 300 <= test.min()
     assert train.min() < 30 and train.max() > 270 and test.max() > 390
+
+
+def test_a_device_that_is_missing_is_said(tmp_path):
+    with pytest.raises(degradation.TrainingError, match="--device gpu: Expected one of cpu, cuda"):
+        degradation.main(["--device", "gpu", "--output-dir", str(tmp_path)])

@@ -120,7 +120,8 @@ def test_the_rate_rises_and_falls(photos, tmp_path):
 
 
 def test_a_failed_save_leaves_the_last_state(photos, tmp_path, monkeypatch):
-    before = train.main(options(photos, tmp_path, "--epochs", "1")).checkpoint.read_bytes()
+    run = train.main(options(photos, tmp_path, "--epochs", "1"))
+    before = run.checkpoint.read_bytes()
 
     def half(content, file):
         file.write(b"half a checkpoint")
@@ -128,7 +129,7 @@ def test_a_failed_save_leaves_the_last_state(photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(train.TrainingError, match=r"checkpoint.pt cannot be written, .*No space left"):
-        train.main(options(photos, tmp_path, "--epochs", "1"))
+        run.save()
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "model.pth"]
 
@@ -174,8 +175,37 @@ def test_a_damaged_image_names_its_path(workers, photos, tmp_path):
     shutil.copytree(photos, root)
     bad = root / "train" / "dog" / "3.png"
     bad.write_bytes(bad.read_bytes()[:200])
-    with pytest.raises(train.TrainingError, match=f"image {bad} cannot be read: "):
+    with pytest.raises(train.TrainingError, match=f"image {bad} cannot be read: ") as told:
         train.main(options(root, tmp_path, "--workers", workers, "--batch-size", "14"))
+    said = train.one_line(told.value)
+    assert said.startswith(f"image {bad} cannot be read: ") and "\n" not in said
+
+
+def test_a_run_with_other_images_or_crops_is_another_run(finished, photos, tmp_path):
+    more = photos / "train" / "cat" / "more.png"
+    path, again = str(finished / "checkpoint.pt"), ["--ema-decay", "0.5"]
+    with pytest.raises(train.TrainingError, match="another run: train_crop_size was 16, is 12"):
+        train.main(options(photos, tmp_path, *again, "--train-crop-size", "12", "--resume", path))
+    shutil.copy(photos / "train" / "cat" / "0.png", more)
+    try:
+        with pytest.raises(train.TrainingError, match="another run: training_images was 14, is 15"):
+            train.main(options(photos, tmp_path, *again, "--resume", path))
+    finally:
+        more.unlink()
+
+
+def test_a_new_run_does_not_overwrite_another(finished, photos):
+    before = (finished / "checkpoint.pt").read_bytes()
+    with pytest.raises(train.TrainingError, match=r"checkpoint.pt is another run's: --resume it, or choose another"):
+        train.main(options(photos, finished))
+    assert (finished / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--print-freq", "--save-freq", "--epochs"])
+def test_a_count_of_none_is_refused(option, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(options(photos, tmp_path, option, "0"))
+    assert f"argument {option}: invalid positive value: '0'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -186,7 +216,9 @@ def test_a_damaged_image_names_its_path(workers, photos, tmp_path):
         (["--model-option", "colour=red"], "unexpected keyword arguments: colour; accepted are: weights, "),
         (["--weights", "absent.pth"], "absent.pth"),
         (["--batch-size", "15"], "--batch-size 15 x 1 processes is more than 14 images"),
-        (["--tensorboard", "curves"], "--tensorboard needs a package: pip install tensorboard"),
+        (["--tensorboard", "curves"], r"--tensorboard needs a package: pip install \"resfuse\[examples\]\""),
+        (["--device", "gpu"], "--device gpu: Expected one of cpu, cuda"),
+        (["--device", "cuda:99"], "--device cuda:99: torch finds .* NVIDIA GPU"),
     ],
 )
 def test_what_does_not_go_is_said(more, message, photos, tmp_path, monkeypatch):
