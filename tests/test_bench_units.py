@@ -10,7 +10,7 @@ from stand_in import Machine
 
 from resfuse import backends, ops
 from resfuse.bench import gate, unit_peers, units
-from resfuse.bench.conv_cases import ConvInputs, conv_cases, form_of
+from resfuse.bench.conv_cases import EXPANDING, ConvInputs, conv_cases, form_of, units_of
 from resfuse.bench.roofline import OPERATIONS, PASSES, POOL_PASSES, bytes_moved, operations
 from resfuse.bench.unit_cases import Case, Inputs, cases
 
@@ -47,14 +47,15 @@ def test_a_wrong_peer_is_refused():
         units.measure(broken, i, 1)
 
 
-def test_a_kernel_that_goes_wrong_ends_the_run_and_rows_before_it_stand(monkeypatch):
+def test_rows_of_a_kernel_that_goes_wrong_are_left_out_and_the_others_stand(monkeypatch):
     right = ops.scale_shift_act
     monkeypatch.setattr(ops, "scale_shift_act", lambda *operands: right(*operands) * 1.001)
     rows = []
     with pytest.raises(SystemExit, match="refusing to time a wrong result: scale_shift_act none"):
         for row in units.run(units.Plan.chosen(quick=True, shape=SMALL, dtypes=("float32",), rounds=1), {}):
             rows.append(row)
-    assert [row["unit"] for row in rows] == ["moments", "add_relu"]
+    kept = {row["unit"] for row in rows}
+    assert {"moments", "finalize", "add_relu", "backward_reduce"} <= kept and "scale_shift_act" not in kept
 
 
 def test_what_nobody_has_checked_is_not_timed():
@@ -80,10 +81,13 @@ def test_every_unit_passes_its_own_check(shape, dtype):
         checks = gate.Gate(case.unit)
         units.check(case, i, checks)
         assert checks.errors.keys() == ({"resfuse", "stock"} if case.stock else {"resfuse"})
-        assert case.bytes == bytes_moved(case.unit, case.form, shape, dtype.itemsize)
-        assert case.flops == operations(case.unit, case.form, shape) > 0
+        if case.unit == "finalize":  # of vectors
+            assert (case.bytes, case.flops) == (6 * 4 * shape[1], 7 * shape[1])
+        else:
+            assert case.bytes == bytes_moved(case.unit, case.form, shape, dtype.itemsize)
+            assert case.flops == operations(case.unit, case.form, shape) > 0
         names.append((case.unit, case.form))
-    expected = set(PASSES) | (set(POOL_PASSES) if shape[1] == 64 else set())
+    expected = {*PASSES, ("finalize", ""), *(POOL_PASSES if shape[1] == 64 else ())}
     assert set(names) == expected and len(names) == len(expected)
 
 
@@ -102,17 +106,35 @@ def test_every_convolution_passes_its_own_check(dtype):
         for case in conv_cases(i, conv):
             units.check(case, i, gate.Gate(case.unit))
             forms.add((case.unit, case.form))
-            twice = 2 if case.unit.endswith("backward") else 1
-            assert case.flops == twice * 2 * math.prod(conv.output) * math.prod(conv.weight[1:])
-    assert {form for _, form in forms} == {"1x1", "3x3", "1x1 stride 2", "3x3 stride 2"} and len(forms) == 8
+            product, square = 2 * math.prod(conv.output) * math.prod(conv.weight[1:]), 2 * math.prod(conv.input)
+            square *= conv.input[1] if case.unit in EXPANDING else 0
+            times = 0 if case.unit == "second_moments" else 2 if case.unit.endswith("backward") else 1
+            assert case.flops == times * product + square
+            assert case.bytes >= i.x.numel() * i.x.element_size() and case.more["weight"] == list(conv.weight)
+    assert {form for _, form in forms} == {"1x1", "3x3", "1x1 stride 2", "3x3 stride 2"} and len(forms) == 4 * 3 + 3
+    assert {unit for unit, form in forms if form == "1x1"} == set(units.CONVOLUTIONS)
+
+
+def test_a_wrong_folded_kernel_is_refused(monkeypatch):
+    if torch.float32 not in ops.tile_dtypes:
+        pytest.skip("this processor has no convolution kernels")
+    right = ops.of("native").second_moments
+    wrong = lambda *operands: (right(*operands)[0], 1.01 * right(*operands)[1])  # noqa: E731
+    monkeypatch.setattr(ops.of("native"), "second_moments", wrong)
+    conv = next(conv for conv in convolutions() if EXPANDING[0] in units_of(conv))
+    i = ConvInputs(conv, torch.float32)
+    (case,) = (case for case in conv_cases(i, conv) if case.unit == "expand_bn_act forward")
+    with pytest.raises(gate.RefusedError, match="expand_bn_act forward resfuse output 0 is off by"):
+        units.check(case, i, gate.Gate(case.unit))
 
 
 def test_the_widest_convolution_of_each_map_and_form_is_taken():
     chosen = units.convolution_shapes(units.Plan())
     everything = units.convolution_shapes(units.Plan(everything=True))
     assert set(chosen) < set(everything) and len({conv[1:] for conv in everything}) == len(everything)
-    keys = [(form_of(conv), conv.output[2]) for conv in chosen]
-    assert len(set(keys)) == len(keys) and set(keys) == {(form_of(c), c.output[2]) for c in everything}
+    keys = [(form_of(conv), units_of(conv), conv.output[2]) for conv in chosen]
+    assert len(set(keys)) == len(keys) and set(keys) == {(form_of(c), units_of(c), c.output[2]) for c in everything}
+    assert [conv.input[1] for conv in chosen if EXPANDING[0] in units_of(conv)] == [64, 128, 256, 512]
     assert all(conv.input[1] > 3 for conv in everything)
 
 

@@ -93,12 +93,28 @@ def _case(
     return Case(unit, form, ours, expected, moved, operations(unit, form, i.x.shape), stock)
 
 
+def _finalize(i: Inputs) -> Case:
+    """Statistics into scale and shift: four vectors read and two written, seven operations a channel."""
+
+    def stock() -> Results:
+        scale = torch.rsqrt(i.var + EPS) * i.scale
+        return scale, i.shift - i.mean * scale
+
+    count = i.x.numel() // i.x.shape[1]
+    return Case(
+        "finalize", "", lambda: ops.finalize(i.mean, i.var, count, i.scale, i.shift, None, None, None, None, EPS),
+        lambda j: reference.finalize(j.mean, j.var, j.scale, j.shift, EPS),
+        6 * i.mean.numel() * i.mean.element_size(), 7 * i.mean.numel(), stock,
+    )  # fmt: skip
+
+
 def cases(i: Inputs) -> Iterator[Case]:
     """All rows for one set of inputs."""
     yield _case(
         "moments", "", i, lambda: ops.moments(i.x), lambda j: reference.moments(j.x),
         lambda: torch.var_mean(i.x, (0, 2, 3), correction=0)[::-1],
     )  # fmt: skip
+    yield _finalize(i)
     yield _case(
         "add_relu", "", i, lambda: (ops.add_relu(i.x, i.residual),),
         lambda j: (reference.add_relu(j.x, j.residual),), lambda: (torch.relu_(i.x + i.residual),),

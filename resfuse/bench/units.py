@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from resfuse import ops
-from resfuse.bench.conv_cases import ConvInputs, conv_cases, form_of
+from resfuse.bench import conv_cases as convolving
+from resfuse.bench.conv_cases import ConvInputs, form_of
 from resfuse.bench.gate import PEER_BOUND, Gate, Refusals
 from resfuse.bench.memory import keep_freed_memory
 from resfuse.bench.parity import FACTOR, FLOOR, relative_l2
@@ -29,8 +30,8 @@ from resfuse.bench.unit_cases import STEM_CHANNELS, Case, Inputs, Results, cases
 from resfuse.bench.unit_peers import unit_peer
 from resfuse.bench.workload import stock
 
-CONVOLUTIONS = ("conv_stats", "conv_stats backward")
-UNITS = tuple(dict.fromkeys([unit for unit, _ in (*PASSES, *POOL_PASSES)])) + CONVOLUTIONS
+CONVOLUTIONS = convolving.UNITS + convolving.EXPANDING
+UNITS = (*dict.fromkeys([unit for unit, _ in (*PASSES, *POOL_PASSES)]), "finalize", *CONVOLUTIONS)
 _QUICK = {"batch": 2, "size": 64, "rounds": 7}
 
 
@@ -155,12 +156,15 @@ def activation_shapes(plan: Plan) -> list[tuple[int, ...]]:
 
 
 def convolution_shapes(plan: Plan) -> list[ConvShape]:
-    """What the network convolves after its first layer: every distinct geometry, or the widest of each map and form."""
+    """What the network convolves after its first layer: every distinct geometry, or the widest of each map and form.
+
+    One that expands, and so is measured as more units, is not of one form with one that does not.
+    """
     if plan.shape is not None or plan.device != "cpu":
         return []  # elsewhere conv_stats has no native kernel
     found: dict[Any, ConvShape] = {}
     for conv in conv_shapes(partial(stock, plan.model), (plan.batch, 3, plan.size, plan.size))[1:]:
-        key: Any = conv[1:] if plan.everything else (form_of(conv), conv.output[2])
+        key: Any = conv[1:] if plan.everything else (form_of(conv), convolving.units_of(conv), conv.output[2])
         if key not in found or conv.output[1] * conv.input[1] > found[key].output[1] * found[key].input[1]:
             found[key] = conv
     return list(found.values())
@@ -186,17 +190,17 @@ def rows(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[Case, Inputs | ConvIn
     if dtype in ops.tile_dtypes and any(_wanted(plan, unit) for unit in CONVOLUTIONS):
         for conv in convolution_shapes(plan):
             j = ConvInputs(conv, dtype)
-            yield from ((case, j) for case in conv_cases(j, conv) if _wanted(plan, case.unit))
+            yield from ((case, j) for case in convolving.conv_cases(j, conv) if _wanted(plan, case.unit))
 
 
 def count(plan: Plan) -> int:
     """How many rows a run of a plan has."""
     shapes = activation_shapes(plan)
-    passes = [unit for unit, _ in PASSES if _wanted(plan, unit)]
+    passes = [unit for unit in (*(unit for unit, _ in PASSES), "finalize") if _wanted(plan, unit)]
     pools = [unit for unit, _ in POOL_PASSES if _wanted(plan, unit)]
     each = len(shapes) * len(passes) + sum(shape[1] == STEM_CHANNELS for shape in shapes) * len(pools)
-    convolving = [unit for unit in CONVOLUTIONS if _wanted(plan, unit)]
-    products = len(convolution_shapes(plan)) * len(convolving) if convolving else 0
+    each_conv = map(convolving.units_of, convolution_shapes(plan))
+    products = sum(_wanted(plan, unit) for units in each_conv for unit in units)
     return sum(each + (products if getattr(torch, name) in ops.tile_dtypes else 0) for name in plan.dtypes)
 
 
