@@ -40,8 +40,13 @@ def parse() -> argparse.Namespace:
     modes = list(dict.fromkeys(cell.mode for cell in TABLE))
     parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=PRECISIONS)
-    parser.add_argument("--variants", nargs="+", default=["eager", "compile", "fused"],
-                        choices=[*peers.PEERS, *peers.OURS])  # fmt: skip
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["eager", "compile", "fused"],
+        choices=[*peers.PEERS, *peers.OURS, "all"],
+        help="all: every peer that a row can have",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs minutes of torch.compile")
     parser.add_argument("--scaling", nargs="*", choices=scaling.AXES, metavar="AXIS",
                         help="cost along these axes in place of the table; all four if none is named")  # fmt: skip
@@ -49,8 +54,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small and few; the report leaves such records out")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if "all" in options.variants:
+        options.variants = [*peers.PEERS, *peers.OURS]
     if options.no_compile:
-        options.variants = [v for v in options.variants if not v.endswith("compile")]
+        options.variants = [v for v in options.variants if "compile" not in v and v != "freeze"]
     return options
 
 

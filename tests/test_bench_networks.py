@@ -224,6 +224,10 @@ def test_the_command_line_chooses_rows(monkeypatch):
     assert rows() == list(bench.TABLE)
     assert {cell.model for cell in rows("--only", "resnet18", "resnext50_32x4d")} == {"resnet18", "resnext50_32x4d"}
     assert [cell.batch for cell in rows("--modes", "memory")] == [32]
+    monkeypatch.setattr(sys, "argv", ["bench_models.py", "--variants", "all"])
+    assert bench.parse().variants == [*peers.PEERS, *peers.OURS]
+    monkeypatch.setattr(sys, "argv", ["bench_models.py", "--variants", "all", "--no-compile"])
+    assert bench.parse().variants == ["eager", "eager-contiguous", "onnxruntime", "openvino", "torch-tensorrt", "fused"]
     assert rows("--quick", "--modes", "inference") == [Cell("resnet18", "inference", 4, 64)]
     with pytest.raises(SystemExit):
         rows("--only", "resnet51")
