@@ -30,7 +30,7 @@ def _scale_shift(affine: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _activated(x: Tensor, affine: Tensor | None, mean: Tensor | None, relu: bool) -> Tensor:
-    check_prologue(affine, mean, x.shape[1])
+    check_prologue(affine, mean, x)
     if affine is None or mean is None:
         return x
     return scale_shift_act(x, *_scale_shift(affine, mean), None, None, None, relu)
@@ -63,7 +63,7 @@ def _output_gradient(
         raise ValueError("y needs its mean")
     if (grad_mean is None) != (grad_var is None):
         raise ValueError("grad_mean and grad_var come together")
-    check_prologue(affine, mean, y.shape[1], "y_affine")
+    check_prologue(affine, mean, y, "y_affine")
     scale, shift = (torch.ones_like(mean), torch.zeros_like(mean)) if affine is None else _scale_shift(affine, mean)
     masked = relu and affine is not None
     return scale_shift_act_backward_apply(
@@ -123,12 +123,12 @@ def conv_act(
     channels = weight.shape[0]
     for vector, name in ((shift, "shift"), (scale, "scale")):
         if vector is not None:
-            check_vector(vector, channels, name)
+            check_vector(vector, channels, x.device, name)
     out, *nothing = conv_stats(x, affine, mean, weight, relu_x, stride, padding, dilation, groups, False)
     raw: tuple[Tensor | None, Tensor | None] = (None, None)
     if residual is not None:
         check_image(residual, "residual", like=x, shape=out.shape)
-        check_prologue(residual_affine, residual_mean, channels, "residual_affine")
+        check_prologue(residual_affine, residual_mean, residual, "residual_affine")
         if residual_affine is not None and residual_mean is not None:
             raw = _scale_shift(residual_affine, residual_mean)
     own = (torch.ones_like(shift) if scale is None else scale, shift)

@@ -179,18 +179,18 @@ def conv_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, out_mean, out_var); the moments are empty where they are not asked for."""
     product = product_of(x, weight, stride, padding, dilation, groups)
-    check_prologue(affine, mean, x.shape[1])
+    check_prologue(affine, mean, x)
     out_channels, pixels = weight.shape[0], product.pixels
-    check_vector(shift, out_channels, "shift")
+    check_vector(shift, out_channels, x.device, "shift")
     if scale is not None:
-        check_vector(scale, out_channels, "scale")
+        check_vector(scale, out_channels, x.device, "scale")
     second = _branch_beside(product, x, weight, branch, branch_weight, branch_stride)
     shape = (x.shape[0], out_channels, product.height.rows, product.width.rows)
     if residual is None:
         residual_affine = None
     else:
         check_image(residual, "residual", like=x, shape=shape)
-        check_prologue(residual_affine, residual_mean, out_channels, "residual_affine")
+        check_prologue(residual_affine, residual_mean, residual, "residual_affine")
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     plain = scale is None and branch is None and residual_affine is None and not moments
     plan = act_schedule(product, x.dtype, plain=plain)

@@ -109,7 +109,7 @@ def conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, y_mean, y_var); the moments are empty where they are not asked for."""
     product = product_of(x, weight, stride, padding, dilation, groups)
-    check_prologue(affine, mean, x.shape[1])
+    check_prologue(affine, mean, x)
     out_channels, pixels = weight.shape[0], product.pixels
     y = torch.empty(
         (x.shape[0], out_channels, product.height.rows, product.width.rows),

@@ -51,10 +51,10 @@ def _checked_gradient(
     check_image(y, "y", like=x, shape=shape)
     if mean is None:
         raise ValueError("y needs its mean")
-    check_prologue(affine, mean, channels, "y_affine")
+    check_prologue(affine, mean, y, "y_affine")
     for vector, name in ((mean, "y_mean"), (grad_mean, "grad_mean"), (grad_var, "grad_var")):
         if vector is not None:
-            check_vector(vector, channels, name)
+            check_vector(vector, channels, y.device, name)
     return OutputGradient(grad_y, y, affine, mean, grad_mean, grad_var, pixels)
 
 
@@ -123,7 +123,7 @@ def _backward(
     if other is not None:
         check_image(other, "other", like=x, shape=x.shape)
     source = Input(x, affine, mean if affine is not None else None)
-    check_prologue(affine, mean, x.shape[1])
+    check_prologue(affine, mean, x)
     grad_weight, sums = weight.new_empty(0), torch.empty(0, dtype=torch.float32, device=x.device)
     if need_weight:
         grad_weight = _weight_gradient(dy, source, weight, product, y_relu, relu)

@@ -85,7 +85,7 @@ def expand_bn_act_backward_weight(
     check_image(grad_out, "grad_out", like=x, shape=(x.shape[0], out_channels, *x.shape[2:]))
     if out is not None:
         check_image(out, "out", like=x, shape=grad_out.shape)
-    check_prologue(affine, mean, channels)
+    check_prologue(affine, mean, x)
     plan = expand_weight_schedule(pixels, channels, out_channels, x.dtype)
     dz = torch.empty_like(grad_out)
     products = torch.empty((plan.slabs, out_channels, channels), dtype=torch.float32, device=x.device)
@@ -204,10 +204,10 @@ def expand_bn_act_backward_input(
     channels, out_channels = x.shape[1], dz.shape[1]
     product = product_of(x, x.new_empty(1, channels, 1, 1), stride, (0, 0), (1, 1), 1)
     check_image(dz, "dz", like=x, shape=(x.shape[0], out_channels, product.height.rows, product.width.rows))
-    check_prologue(affine, mean, channels)
-    check_vector(row, channels, "row")
-    check_matrix(weight, out_channels, channels, x.dtype, "weight")
-    check_matrix(correction, channels, channels, torch.float32, "correction")
+    check_prologue(affine, mean, x)
+    check_vector(row, channels, x.device, "row")
+    check_matrix(weight, out_channels, channels, x.dtype, x.device, "weight")
+    check_matrix(correction, channels, channels, torch.float32, x.device, "correction")
     plan = expand_input_schedule(product.pixels, channels, x.dtype)
     every_pixel = product.is_pointwise
     walked = product.flattened() if every_pixel else product

@@ -22,29 +22,39 @@ def check_image(x: Tensor, name: str, *, like: Tensor | None = None, shape: Sequ
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
-def check_prologue(affine: Tensor | None, mean: Tensor | None, channels: int, name: str = "affine") -> None:
-    """affine is float32 (2, channels) beside a mean (channels,), or None."""
+def check_prologue(affine: Tensor | None, mean: Tensor | None, like: Tensor, name: str = "affine") -> None:
+    """affine is float32 (2, C) beside a mean (C,), for like's channels and on its device, or None."""
     if affine is None:
         return
+    channels = like.shape[1]
     if tuple(affine.shape) != (2, channels) or affine.dtype != torch.float32 or not affine.is_contiguous():
         raise ValueError(f"{name} must be contiguous float32 (2, {channels}), got {_described(affine)}")
+    _check_device(affine, like.device, name)
     if mean is None:
         raise ValueError(f"{name} needs a mean")
-    check_vector(mean, channels, f"the mean beside {name}")
+    check_vector(mean, channels, like.device, f"the mean beside {name}")
 
 
-def check_vector(vector: Tensor, size: int, name: str) -> None:
+def check_vector(vector: Tensor, size: int, device: torch.device, name: str) -> None:
     """A per-channel vector."""
     if tuple(vector.shape) != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous():
         raise ValueError(f"{name} must be contiguous float32 ({size},), got {_described(vector)}")
+    _check_device(vector, device, name)
 
 
-def check_matrix(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype, name: str) -> None:
+def check_matrix(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype, device: torch.device, name: str) -> None:
     """A matrix, or a 1x1 convolution's weight, that is dense."""
     if matrix.numel() != rows * columns or matrix.shape[0] != rows or not matrix.is_contiguous():
         raise ValueError(f"{name} must be contiguous ({rows}, {columns}), got {_described(matrix)}")
     if matrix.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {matrix.dtype}")
+    _check_device(matrix, device, name)
+
+
+def _check_device(x: Tensor, device: torch.device, name: str) -> None:
+    """A kernel would read another device's memory."""
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
 
 
 def _described(x: Tensor) -> str:

@@ -148,7 +148,7 @@ def second_moments(
     """mean (C,) and biased covariance (C, C) of a over the pixels that a 1x1 convolution of this stride reads."""
     channels = x.shape[1]
     product = product_of(x, x.new_empty(1, channels, 1, 1), stride, (0, 0), (1, 1), 1)
-    check_prologue(affine, mean, channels)
+    check_prologue(affine, mean, x)
     prologue = (affine, mean if affine is not None else None)
     walked = product.flattened() if product.is_pointwise else product
     shape = (walked.images, walked.height, walked.width)

@@ -132,6 +132,7 @@ def test_conv_act_names_bad_input():
     for given, error, message in (
         ((weight[:, :3], shift, *nothing, None, None, [1, 1]), ValueError, "weight must be"),
         ((weight, shift[:4], *nothing, None, None, [1, 1]), ValueError, r"shift must be contiguous float32 \(5,\)"),
+        ((weight, shift.to("meta"), *nothing, None, None, [1, 1]), ValueError, "shift must be on .*, got meta"),
         ((weight, shift, x, None, None, None, None, [1, 1]), ValueError, "residual must have shape"),
         ((weight, shift, residual, torch.zeros(2, 5), None, None, None, [1, 1]), ValueError, "residual_affine needs"),
         ((weight, shift, *nothing, taller, weight, [1, 1]), ValueError, "a branch must be"),

@@ -232,6 +232,8 @@ def test_bad_input_is_named_before_any_launch():
         ((x.double(), affine, mean, weight), TypeError, "x must be float16, bfloat16 or float32"),
         ((x, affine, None, weight), ValueError, "affine needs a mean"),
         ((x, affine[:, :2], mean, weight), ValueError, "affine must be contiguous float32"),
+        ((x, affine.to("meta"), mean, weight), ValueError, f"affine must be on {x.device}, got meta"),
+        ((x, affine, mean.to("meta"), weight), ValueError, "the mean beside affine must be on"),
         ((x, affine, mean, weight.double()), TypeError, "weight must be float32"),
         ((x, affine, mean, weight[:, :2]), ValueError, "weight must be"),
     ):
@@ -242,9 +244,13 @@ def test_bad_input_is_named_before_any_launch():
                           [1, 1], 1, False)  # fmt: skip
     y, *_ = triton.conv_stats(x, affine, mean, weight, *rest)
     options = (None, None, None, None, False, x, affine, mean, weight, True, *pairs, None, True, True)
-    for arguments, message in (((y[:1], None), "grad_y must have shape"), ((y, y), "y needs its mean")):
+    for arguments, message in (
+        ((y[:1], None), "grad_y must have shape"),
+        ((y, y), "y needs its mean"),
+        ((y, y, None, torch.zeros(y.shape[1], device="meta")), "y_mean must be on"),
+    ):
         with pytest.raises(ValueError, match=message):
-            triton.conv_stats_backward(*arguments, *options)
+            triton.conv_stats_backward(*arguments, *options[len(arguments) - 2 :])
 
 
 @pytest.mark.parametrize("prologue", [True, False], ids=["prologue", "plain"])

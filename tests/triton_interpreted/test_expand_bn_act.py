@@ -17,6 +17,7 @@ from numerics import (
 )
 
 from resfuse import BatchNorm2dParameters, Conv2dParameters, ops, reference
+from resfuse._triton import LAUNCHERS
 from resfuse.autograd_folding import expand_norm_act
 from resfuse.raw import Raw
 
@@ -230,8 +231,10 @@ def test_the_backward_of_folding_names_bad_input():
         ((weight[:4], correction, row, [1, 1]), ValueError, r"weight must be contiguous \(8, 4\)"),
         ((weight.half(), correction, row, [1, 1]), TypeError, r"weight must be torch\.float32"),
         ((weight, correction[:2], row, [1, 1]), ValueError, r"correction must be contiguous \(4, 4\)"),
+        ((weight, correction.to("meta"), row, [1, 1]), ValueError, "correction must be on .*, got meta"),
         ((weight, correction, row[:2], [1, 1]), ValueError, r"row must be contiguous float32 \(4,\)"),
+        ((weight, correction, row.to("meta"), [1, 1]), ValueError, "row must be on .*, got meta"),
         ((weight, correction, row, [2, 2]), ValueError, "dz must have shape"),
     ):
         with pytest.raises(error, match=message):
-            kernels.expand_bn_act_backward_input(dz, x, None, None, True, *given)
+            LAUNCHERS["expand_bn_act_backward_input"](dz, x, None, None, True, *given)

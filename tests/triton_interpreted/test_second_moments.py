@@ -5,6 +5,7 @@ import torch
 from numerics import assert_as_exact, image
 
 from resfuse import ops, reference
+from resfuse._triton import LAUNCHERS
 
 LAST = torch.channels_last
 # bfloat16 on a GPU alone: see conftest.py
@@ -80,8 +81,9 @@ def test_second_moments_name_bad_input():
         ((x.double(), None, None), TypeError, r"x must be float16, bfloat16 or float32 .* got torch\.float64"),
         ((x.contiguous(), None, None), ValueError, r"x must be channels_last"),
         ((x, affine[:, :3], mean), ValueError, r"affine must be contiguous float32 \(2, 4\)"),
+        ((x, affine.to("meta"), mean), ValueError, r"affine must be on .*, got meta"),
         ((x, affine, None), ValueError, r"affine needs a mean"),
         ((x, affine, mean[:3]), ValueError, r"the mean beside affine must be contiguous float32 \(4,\)"),
     ):
         with pytest.raises(error, match=message):
-            second_moments(*arguments, True, [1, 1])
+            LAUNCHERS["second_moments"](*arguments, True, [1, 1])
