@@ -62,5 +62,10 @@ def _described(x: Tensor) -> str:
 
 
 def precision(x: Tensor) -> str:
-    """How a dot of float32 multiplies: in tf32 only where torch's own products may."""
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How a dot of float32 multiplies: in tf32 only where torch's own products may.
+
+    fp32_precision is what every switch of torch sets; allow_tf32 raises where a newer one is set.
+    """
+    if x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
