@@ -41,5 +41,6 @@ def test_float32_is_multiplied_as_torch_multiplies_it(where, name, on, off):
     assert precision(stand_in(torch.float32)) == "tf32"
     assert precision(stand_in(torch.bfloat16)) == precision(stand_in(torch.float16)) == "ieee"
     assert precision(torch.zeros(2, 64, 7, 7)) == "ieee"  # interpreted
+    assert precision(stand_in(torch.float32, (2, 64, 1, 1))) == "ieee"  # the algebra of folding
     setattr(where, name, off)
     assert precision(stand_in(torch.float32)) == "ieee"

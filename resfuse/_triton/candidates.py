@@ -14,6 +14,7 @@ from resfuse._triton.conv_stats import conv_stats as fused_conv_stats
 from resfuse._triton.conv_stats_backward import conv_stats_backward as fused_backward
 from resfuse._triton.conv_stats_backward import conv_stats_backward_ as fused_backward_in_place
 from resfuse._triton.gemm import forward_axis
+from resfuse._triton.launch import is_matrix
 
 
 class Candidate(NamedTuple):
@@ -34,6 +35,8 @@ CANDIDATES = {
 
 
 def _candidate(unit: str, x: Tensor, weight: Tensor, pairs: Sequence[Any]) -> Candidate:
+    if is_matrix(x) and weight.shape[2:] == (1, 1):  # torch's convolution would multiply in tf32, by its default
+        return CANDIDATES["fused"]
     conv = choices.Conv.of(weight.shape, *pairs)
     moves = zip(x.shape[2:], conv.kernel, conv.stride, conv.padding, conv.dilation, strict=True)
     height, width = (forward_axis(*move).rows for move in moves)

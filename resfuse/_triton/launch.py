@@ -61,11 +61,16 @@ def _described(x: Tensor) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)} and strides {tuple(x.stride())}"
 
 
+def is_matrix(x: Tensor) -> bool:
+    """Whether x is a float32 matrix, an image of one pixel for each row: what the algebra of folding multiplies."""
+    return x.dtype == torch.float32 and x.shape[2:] == (1, 1)
+
+
 def precision(x: Tensor) -> str:
-    """How a dot of float32 multiplies: in tf32 only where torch's own products may.
+    """How a dot of float32 multiplies: in tf32 only where torch's own products may, and never matrices, whose products
+    are variances and differences that cancel.
 
     fp32_precision is what every switch of torch sets; allow_tf32 raises where a newer one is set.
     """
-    if x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+    activation = x.is_cuda and x.dtype == torch.float32 and not is_matrix(x)
+    return "tf32" if activation and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

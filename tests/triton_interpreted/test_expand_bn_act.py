@@ -16,8 +16,9 @@ from numerics import (
     leaf,
 )
 
-from resfuse import BatchNorm2dParameters, Conv2dParameters, ops, reference
+from resfuse import BatchNorm2dParameters, Conv2dParameters, choices, ops, reference
 from resfuse._triton import LAUNCHERS
+from resfuse._triton.candidates import CANDIDATES
 from resfuse.autograd_folding import expand_norm_act
 from resfuse.raw import Raw
 
@@ -155,6 +156,27 @@ def test_every_residual(dtype, kind):
 def test_every_width(shape):
     """Fewer channels than a block, and more channels and pixels than one."""
     check(make_unit(shape, 2 * shape[1] + 1, "identity", torch.float32), torch.float32)
+
+
+def test_the_algebra_is_never_torchs(monkeypatch):
+    """Where torch convolves activations, it does not get the float32 matrices, which cuDNN would multiply in TF32."""
+    taken = []
+
+    def recorded(candidate, position):
+        def call(*arguments):
+            taken.append(arguments[position].dtype)
+            return candidate(*arguments)
+
+        return call
+
+    composed = CANDIDATES["composed"]
+    recording = composed._replace(
+        conv_act=recorded(composed.conv_act, 0), conv_stats_backward=recorded(composed.conv_stats_backward, 7)
+    )
+    monkeypatch.setitem(CANDIDATES, "composed", recording)
+    monkeypatch.setattr(choices, "choose", lambda *asked: "composed")
+    check(make_unit((3, 13, 7, 5), 37, "projection", torch.float16, (2, 1)), torch.float16)
+    assert taken and set(taken) == {torch.float16}  # the gradient to the projection's weight
 
 
 def test_neither_prologue_nor_activation():
