@@ -75,6 +75,19 @@ def test_the_table_of_a_device_decides_before_the_rule(cache, monkeypatch):
     assert kept["device"] == "NVIDIA H200 (a stand-in)" and kept["rows"] == [row(2.0, 1.0)]
 
 
+def test_a_second_run_of_tune_keeps_what_it_does_not_measure(cache):
+    """Another dtype, another network: rows are told apart by unit, dtype, convolution and pixels."""
+    wider = POINTWISE._replace(out_channels=128)
+    first = [row(2.0, 1.0), row(3.0, 1.0, unit="conv_stats_backward"), row(4.0, 1.0, pixels=9)]
+    second = [row(5.0, 6.0), row(1.0, 2.0) | {"dtype": "float16"}, row(1.0, 3.0, conv=wider)]
+    for rows in (first, second):
+        path = tune.write("a GPU", rows, {}, choices.user_directory())
+    assert json.loads(path.read_text())["rows"] == [second[0], *first[1:], *second[1:]]
+    table = choices.table_of("a GPU")
+    assert choices.lookup(table, "conv_stats", BF16, POINTWISE, 1000) == "fused"
+    assert choices.lookup(table, "conv_stats_backward", BF16, POINTWISE, 1000) == "composed"
+
+
 def test_a_gpu_without_room_for_the_fused_kernels_composes(monkeypatch):
     """Compute capability 8.6 and 8.9 have 99 KiB of shared memory for a block, 8.0 has 163."""
     gpu = torch.device("cuda", 0)

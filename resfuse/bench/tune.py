@@ -114,12 +114,22 @@ def measure(
     return rows
 
 
+def _measured(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row of the table is about."""
+    return row["unit"], row["dtype"], tuple(row["conv"]), row["pixels"]
+
+
 def write(device: str, rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any], directory: Path) -> Path:
-    """The table of a device, by its name; one that is there is replaced as a whole."""
+    """The table of a device, by its name: these rows, and of one that is there what they do not measure again.
+
+    The record is the last run's.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / choices.file_name(device)
+    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
+    merged = list({_measured(row): row for row in (*kept, *rows)}.values())
     whole = path.with_suffix(".tmp")
-    whole.write_text(json.dumps({"device": device, "environment": dict(record), "rows": list(rows)}, indent=1) + "\n")
+    whole.write_text(json.dumps({"device": device, "environment": dict(record), "rows": merged}, indent=1) + "\n")
     whole.replace(path)
     choices.table_of.cache_clear()
     return path
@@ -134,7 +144,7 @@ def tune(
     size: int = 224,
     tick: Callable[[], object] = lambda: None,
 ) -> Path:
-    """Measure the candidates over the convolutions of networks, and store the table in the user's cache directory.
+    """Measure the candidates over the convolutions of networks, and keep what is found in the user's cache directory.
 
     Args:
         device (str): "cuda", or "cuda:1".
@@ -144,7 +154,7 @@ def tune(
         tick (Callable[[], object]): called after every shape, for a progress bar.
 
     Returns:
-        Path: the table, which calls in later processes read.
+        Path: the table, to which this run has added; calls in later processes read it.
 
     Raises:
         RuntimeError: there is no GPU or no Triton kernel for it, or it has no room for ours, or candidates disagree.
