@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import resfuse
+from resfuse import choices
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,6 +86,21 @@ def test_every_source_is_built_or_shipped(setup_py):
     extension = setup_py.cpu_extension
     known = {*extension.sources, *extension.depends, *setup_py.files("cuda/*.cu")}
     assert known >= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+
+
+def test_every_file_of_the_package_is_installed(tmp_path):
+    """A table of choices among them, as it would ship for a GPU that was measured."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    package = tmp_path / "resfuse"
+    shutil.copytree(ROOT / "resfuse", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_triton" / "choices").mkdir(exist_ok=True)
+    (package / "_triton" / "choices" / choices.file_name("A Measured GPU")).write_text('{"rows": []}')
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "RESFUSE_NATIVE": "0"}, check=True, capture_output=True)
+    files = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
+    built = tmp_path / "built" / "resfuse"
+    assert files == {path.relative_to(built) for path in built.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-lint.txt"])
