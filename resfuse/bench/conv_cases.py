@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ EXPANDING = ("second_moments", "expand_bn_act forward", "expand_bn_act backward"
 class ConvInputs:
     """Operands of one convolution in one dtype; `of` gives the same values in another dtype."""
 
+    backend: str
     x: Tensor
     weight: Tensor
     grad: Tensor
@@ -37,17 +39,18 @@ class ConvInputs:
     bn_bias: Tensor
     residual: Tensor
 
-    def __init__(self, shape: ConvShape, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, shape: ConvShape, dtype: torch.dtype, device: str = "cpu", backend: str = "native") -> None:
+        self.backend = backend
+        source: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         fan_in = math.prod(shape.weight[1:])
         for name, size, spread in (("x", shape.input, 1.0), ("grad", shape.output, 1.0),
                                    ("weight", shape.weight, fan_in**-0.5)):  # fmt: skip
-            value = (spread * torch.randn(size, generator=generator)).to(dtype)
+            value = (spread * torch.randn(size, **source)).to(dtype)
             setattr(self, name, value.contiguous(memory_format=torch.channels_last))
-        self.affine = torch.randn(2, shape.input[1], generator=generator)
+        self.affine = torch.randn(2, shape.input[1], **source)
         for name in ("grad_mean", "grad_var", "bn_weight", "bn_bias"):
-            setattr(self, name, torch.randn(shape.output[1], generator=generator))
-        residual = torch.randn(shape.output, generator=generator).to(dtype)
+            setattr(self, name, torch.randn(shape.output[1], **source))
+        residual = torch.randn(shape.output, **source).to(dtype)
         self.residual = residual.contiguous(memory_format=torch.channels_last)
         self.mean = reference.moments(self.x)[0]
 
@@ -55,9 +58,20 @@ class ConvInputs:
         """Copies to differentiate with respect to; vectors in float32 at least."""
         other = object.__new__(ConvInputs)
         for name, value in vars(self).items():
-            wanted = dtype if value.dim() == 4 or dtype == torch.float64 else torch.float32
-            setattr(other, name, value.to(wanted, copy=True).requires_grad_())
+            if isinstance(value, Tensor):
+                wanted = dtype if value.dim() == 4 or dtype == torch.float64 else torch.float32
+                value = value.to(wanted, copy=True).requires_grad_()
+            setattr(other, name, value)
         return other
+
+    @property
+    def candidates(self) -> dict[str, Any]:
+        """Who computes both units, ours first: Triton's fused kernel, then torch's convolution between its passes."""
+        if self.backend == "native":
+            return {"native": ops}
+        from resfuse._triton.candidates import CANDIDATES
+
+        return {name: CANDIDATES[name] for name in ("fused", "composed")}
 
 
 def form_of(shape: ConvShape) -> str:
@@ -86,7 +100,10 @@ def _stock_loaded(j: ConvInputs) -> Tensor:
 
 
 def conv_cases(i: ConvInputs, shape: ConvShape) -> Iterator[Case]:
-    """All rows of one convolution; bytes are every operand once, flops those of the products alone."""
+    """All rows of one convolution; bytes are every operand once, flops those of the products alone.
+
+    Of Triton's it is the fused kernel, beside the composition, whatever a call would choose.
+    """
     yield from _conv_stats(i, shape)
     yield _conv_act(i, shape)
     if EXPANDING[0] in units_of(shape):
@@ -110,6 +127,9 @@ def _conv_act(i: ConvInputs, shape: ConvShape) -> Case:
     read, written, weight, products = _counts(i, shape)
     operands = (i.x, i.affine, i.mean, True, i.weight, None, i.bn_bias, *(None,) * 5, (1, 1), True, *geometry, False)
 
+    names = list(i.candidates)[1:]
+    ours = [lambda c=c: c.conv_act(*operands)[:1] for c in i.candidates.values()]
+
     def expected(j: ConvInputs) -> Results:
         return (reference.conv_bias_act(_loaded(j), Conv2dParameters(j.weight, j.bn_bias.to(j.x.dtype), *geometry)),)
 
@@ -117,8 +137,8 @@ def _conv_act(i: ConvInputs, shape: ConvShape) -> Case:
         return (torch.relu_(F.conv2d(_stock_loaded(i), i.weight, i.bn_bias.to(i.x.dtype), *geometry)),)
 
     return Case(
-        "conv_act", form_of(shape), lambda: ops.conv_act(*operands)[:1], expected, read + written + weight, products,
-        stock, _more(shape),
+        "conv_act", form_of(shape), ours[0], expected, read + written + weight, products, stock, _more(shape),
+        dict(zip(names, ours[1:], strict=True)),
     )  # fmt: skip
 
 
@@ -138,9 +158,10 @@ def _second_moments(i: ConvInputs, shape: ConvShape) -> Case:
         a = _pixels(_stock_loaded(i))
         return a.mean(0), torch.cov(a.T, correction=0)
 
+    ours = partial(ops.of(i.backend).second_moments, i.x, i.affine, i.mean, True, (1, 1))
     return Case(
-        "second_moments", form_of(shape), lambda: ops.second_moments(i.x, i.affine, i.mean, True, (1, 1)), expected,
-        read + 4 * channels * channels, 2 * pixels * channels * channels, stock, _more(shape),
+        "second_moments", form_of(shape), ours,
+        expected, read + 4 * channels * channels, 2 * pixels * channels * channels, stock, _more(shape),
     )  # fmt: skip
 
 
@@ -154,7 +175,7 @@ def _expand_bn_act(i: ConvInputs, shape: ConvShape) -> Iterator[Case]:
     def ours(j: ConvInputs) -> Tensor:
         bn = BatchNorm2dParameters(None, None, j.bn_weight, j.bn_bias, True, 0.1, EPS)
         source, residual = Raw(j.x, j.affine, j.mean.detach()), Raw(j.residual)
-        return expand_norm_act(source, j.weight, None, bn, residual, None, [1, 1], True, True, "native")
+        return expand_norm_act(source, j.weight, None, bn, residual, None, [1, 1], True, True, j.backend)
 
     def exact(j: ConvInputs) -> Tensor:
         return reference.expand_bn_act(_loaded(j), j.weight, j.bn_weight, j.bn_bias, EPS, j.residual)[0]
@@ -200,14 +221,18 @@ def _conv_stats(i: ConvInputs, shape: ConvShape) -> Iterator[Case]:
         return (y, *torch.var_mean(y, (0, 2, 3), correction=0)[::-1])
 
     form = form_of(shape)
-    operands = (i.x, i.affine, i.mean, i.weight, True, *geometry)
-    y, y_mean, _ = ops.conv_stats(*operands, True)
+    source = (i.x, i.affine, i.mean, i.weight, True, *geometry)
+    ours, *others = i.candidates.values()
+    names = list(i.candidates)[1:]
+    y, y_mean, _ = ours.conv_stats(*source, True)
+    calls = [partial(candidate.conv_stats, *source, True) for candidate in (ours, *others)]
     yield Case(
-        "conv_stats", form, lambda: ops.conv_stats(*operands, True), forward,
-        read + written + weight, products, stock, more,
+        "conv_stats", form, calls[0], forward, read + written + weight, products, stock, more,
+        dict(zip(names, calls[1:], strict=True)),
     )  # fmt: skip
     loaded = (i.grad, y, None, y_mean, i.grad_mean, i.grad_var, False)
+    calls = [partial(c.conv_stats_backward, *loaded, *source, None, True, True) for c in (ours, *others)]
     yield Case(
-        "conv_stats backward", form, lambda: ops.conv_stats_backward(*loaded, *operands, None, True, True), backward,
-        2 * read + 2 * written + 2 * weight, 2 * products, None, more,
+        "conv_stats backward", form, calls[0], backward, 2 * read + 2 * written + 2 * weight, 2 * products, None, more,
+        dict(zip(names, calls[1:], strict=True)),
     )  # fmt: skip

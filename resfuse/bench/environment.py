@@ -51,22 +51,23 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def native_environment(dtypes: Iterable[str], device: str = "cpu") -> dict[str, Any]:
-    """The environment of a run that measures the native kernels, also printed in one line.
+def native_environment(dtypes: Iterable[str], device: str = "cpu", backend: str = "native") -> dict[str, Any]:
+    """The environment of a run that measures the native kernels, or another backend's, also printed in one line.
 
     Args:
         dtypes (Iterable[str]): the dtypes that will be measured, as "float32".
         device (str): device type, "cpu" or "cuda".
+        backend (str): whose kernels are measured.
 
     Raises:
-        SystemExit: there is no such device, or a dtype has no native kernels there; with the reason.
+        SystemExit: there is no such device, or a dtype has no such kernels there; with the reason.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("nothing to measure: torch finds no NVIDIA GPU")
     for dtype in dtypes:
-        reason = backends.missing("bn_act", "native", device, getattr(torch, dtype))
+        reason = backends.missing("bn_act", backend, device, getattr(torch, dtype))
         if reason is not None:
-            raise SystemExit(f"nothing to measure: no native kernels for {dtype}: {reason}")
+            raise SystemExit(f"nothing to measure: no {backend} kernels for {dtype}: {reason}")
     record = environment(device)
     print(describe(record))
     return record

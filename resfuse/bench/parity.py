@@ -202,14 +202,17 @@ def judge(ours: Mapping[str, Errors], stock: Sequence[Mapping[str, Errors]], dty
     return verdicts
 
 
-def judge_fused(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> list[Verdict]:
-    """Hold the training step of a network, fused on native kernels, to the stock one's.
+def judge_fused(
+    network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype, backend: str = "native"
+) -> list[Verdict]:
+    """Hold the training step of a network, fused on the kernels of a backend, to the stock one's.
 
     Args:
         network (nn.Module): stock, in float32 and training mode; its weights are conditioned in place, see
             :func:`condition`.
         images (Tensor): (N, C, H, W) float32, on the network's device. labels (Tensor): (N,) int64.
         dtype (torch.dtype): precision of the step: float32, or what autocast runs in.
+        backend (str): "native" or "triton".
 
     Returns:
         list[Verdict]: as :func:`judge`; every step starts from the same state.
@@ -221,7 +224,7 @@ def judge_fused(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch
         precision = torch.float64 if exact else torch.float32
         model = copy.deepcopy(network).to(precision, memory_format=layout)  # type: ignore[call-overload]
         if fused:
-            fuse(model, backend="native", strict=True)
+            fuse(model, backend=backend, strict=True)
         data = images.to(precision, memory_format=layout)
         return training_step(model, data, labels, None if exact else autocast)
 

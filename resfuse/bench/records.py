@@ -4,8 +4,9 @@ A record, or row, is one object on one line. All rows have suite, quick (few rou
 environment, backend, layout and dtype. What was timed is in times (units) or variants (everything else): by name, the
 quantiles of :func:`resfuse.bench.timing.milliseconds`. A ratio is :class:`resfuse.bench.timing.Ratio` as an object.
 
-* units: unit, form, shape, bytes, flops, times {resfuse, copy, stock, ...}, ratios {"resfuse/stock": ...}, gb_per_s,
-  copy_gb_per_s, share_of_copy, matmul_gflop_per_s; over_stock repeats the ratio to stock.
+* units: unit, form, shape, bytes, flops, times {resfuse, copy, stock, composed, ...}, ratios {"resfuse/stock": ...},
+  gb_per_s, copy_gb_per_s, share_of_copy, matmul_gflop_per_s, roofline_ms and share_of_roofline (of a measured copy and
+  product), missing (peers for which no time was left); over_stock repeats the ratio to stock.
 * blocks: model, block, name, names, shape, batch, size, mode (forward, backward, step, inference), variants with
   images_per_s and, where it is known, saved_bytes and peak_bytes, ratios {"fused/eager": ...}.
 * models: model, batch, size, mode (forward, backward, training, inference, memory), variants with images_per_s, error,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ Results = tuple[Tensor, ...]
 class Inputs:
     """Activations and vectors of one shape and dtype; `of` gives the same values in another dtype."""
 
+    backend: str
     x: Tensor
     residual: Tensor
     grad: Tensor
@@ -33,7 +35,10 @@ class Inputs:
     grad_mean: Tensor
     grad_var: Tensor
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", backend: str = "native"
+    ) -> None:
+        self.backend = backend
         source: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         for name in ("x", "residual", "grad"):
             value = torch.randn(shape, **source).to(dtype)
@@ -47,9 +52,16 @@ class Inputs:
         """Copies to differentiate with respect to; activations in `dtype`, vectors in float32 at least."""
         other = object.__new__(Inputs)
         for name, value in vars(self).items():
-            wanted = dtype if value.dim() == 4 or dtype == torch.float64 else torch.float32
-            setattr(other, name, value.to(wanted, copy=True).requires_grad_())
+            if isinstance(value, Tensor):
+                wanted = dtype if value.dim() == 4 or dtype == torch.float64 else torch.float32
+                value = value.to(wanted, copy=True).requires_grad_()
+            setattr(other, name, value)
         return other
+
+    @property
+    def kernels(self) -> Any:
+        """The operators of the backend that is measured."""
+        return ops if self.backend == "native" else ops.of(self.backend)
 
     def affine(self, form: str) -> Any:
         """scale, shift, residual, residual_scale, residual_shift of a form."""
@@ -69,6 +81,7 @@ class Case:
         bytes, flops: of one call, by the counts that :mod:`resfuse.bench.roofline` states.
         stock: the same mathematics by stock torch operators, or None where stock has no such unit.
         more: what else tells the row apart, as a convolution's weight.
+        others: further ways of ours to compute it, by name, which are timed beside the first.
     """
 
     unit: str
@@ -79,6 +92,7 @@ class Case:
     flops: int
     stock: Callable[[], Results] | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, Callable[[], Results]] = field(default_factory=dict)
 
 
 def _case(
@@ -111,12 +125,12 @@ def _finalize(i: Inputs) -> Case:
 def cases(i: Inputs) -> Iterator[Case]:
     """All rows for one set of inputs."""
     yield _case(
-        "moments", "", i, lambda: ops.moments(i.x), lambda j: reference.moments(j.x),
+        "moments", "", i, lambda: i.kernels.moments(i.x), lambda j: reference.moments(j.x),
         lambda: torch.var_mean(i.x, (0, 2, 3), correction=0)[::-1],
     )  # fmt: skip
     yield _finalize(i)
     yield _case(
-        "add_relu", "", i, lambda: (ops.add_relu(i.x, i.residual),),
+        "add_relu", "", i, lambda: (i.kernels.add_relu(i.x, i.residual),),
         lambda j: (reference.add_relu(j.x, j.residual),), lambda: (torch.relu_(i.x + i.residual),),
     )  # fmt: skip
     if i.x.shape[1] == STEM_CHANNELS:
@@ -143,7 +157,7 @@ def _scale_shift_act(i: Inputs, form: str) -> Case:
     zero, one = torch.zeros_like(i.scale), torch.ones_like(i.scale)
     return _case(
         "scale_shift_act", form, i,
-        lambda: (ops.scale_shift_act(i.x, *i.affine(form), True),),
+        lambda: (i.kernels.scale_shift_act(i.x, *i.affine(form), True),),
         lambda j: (reference.scale_shift_act(j.x, *j.affine(form)),), stock,
     )  # fmt: skip
 
@@ -158,7 +172,7 @@ def _reduce(i: Inputs, form: str) -> Case:
     raw = (i.residual, i.raw_scale, i.raw_shift, i.raw_mean) if form == "raw" else (None,) * 4
 
     def ours() -> Results:
-        sums, dz = ops.scale_shift_act_backward_reduce(i.grad, i.x, i.scale, i.shift, i.mean, *raw, out, True)
+        sums, dz = i.kernels.scale_shift_act_backward_reduce(i.grad, i.x, i.scale, i.shift, i.mean, *raw, out, True)
         return (sums, dz) if form == "identity" else (sums,)
 
     def expected(j: Inputs) -> Results:
@@ -180,7 +194,7 @@ def _apply(i: Inputs, form: str) -> Case:
     raw = (i.residual, i.raw_scale, i.raw_shift, i.raw_mean, *moments) if form == "raw" else (None,) * 6
 
     def ours() -> Results:
-        found = ops.scale_shift_act_backward_apply(
+        found = i.kernels.scale_shift_act_backward_apply(
             grad, i.x, i.scale, i.shift, i.mean, *moments, *raw, not masked
         )  # fmt: skip
         return found if form == "raw" else found[:1]
@@ -197,7 +211,7 @@ def _apply(i: Inputs, form: str) -> Case:
 
 def _pool(i: Inputs) -> Iterator[Case]:
     """The stem's tail, and its backward through the pixels that the forward pass has selected."""
-    out, indices = ops.scale_shift_relu_maxpool(i.x, i.scale, i.shift, *STEM_POOL)
+    out, indices = i.kernels.scale_shift_relu_maxpool(i.x, i.scale, i.shift, *STEM_POOL)
 
     def grad(j: Inputs) -> Tensor:
         part = j.grad.detach()[..., : out.shape[2], : out.shape[3]]
@@ -217,17 +231,17 @@ def _pool(i: Inputs) -> Iterator[Case]:
     backward = (grad(i), indices, i.x, i.scale, i.shift, i.mean)
     unit = "scale_shift_relu_maxpool"
     yield _case(
-        unit, "", i, lambda: ops.scale_shift_relu_maxpool(i.x, i.scale, i.shift, *STEM_POOL)[:1],
+        unit, "", i, lambda: i.kernels.scale_shift_relu_maxpool(i.x, i.scale, i.shift, *STEM_POOL)[:1],
         lambda j: (pooled(j),),
     )  # fmt: skip
     yield _case(
         f"{unit} backward_reduce", "", i,
-        lambda: (ops.scale_shift_relu_maxpool_backward_reduce(*backward, *STEM_POOL),), sums,
+        lambda: (i.kernels.scale_shift_relu_maxpool_backward_reduce(*backward, *STEM_POOL),), sums,
     )  # fmt: skip
     moments = (i.grad_mean, i.grad_var)
     yield _case(
         f"{unit} backward_apply", "", i,
-        lambda: (ops.scale_shift_relu_maxpool_backward_apply(*backward, *moments, *STEM_POOL),), grad_x,
+        lambda: (i.kernels.scale_shift_relu_maxpool_backward_apply(*backward, *moments, *STEM_POOL),), grad_x,
     )  # fmt: skip
 
 
@@ -258,12 +272,13 @@ def _bn_act(i: Inputs, form: str) -> Iterator[Case]:
     def backward(j: Inputs, end: Tensor, keep: bool = True) -> Results:
         return torch.autograd.grad(end, wanted(j), j.grad.detach(), retain_graph=keep)
 
+    bn_act = partial(functional.bn_act, backend=i.backend)
     ours, theirs = i.of(i.x.dtype), i.of(i.x.dtype)
     yield _case(
-        "bn_act forward", form, i, lambda: (fused(ours, functional.bn_act),),
+        "bn_act forward", form, i, lambda: (fused(ours, bn_act),),
         lambda j: (fused(j, reference.bn_act),), lambda: (stock(theirs),),
     )  # fmt: skip
-    our_end, their_end = fused(ours, functional.bn_act), stock(theirs)
+    our_end, their_end = fused(ours, bn_act), stock(theirs)
     yield _case(
         "bn_act backward", form, i, lambda: backward(ours, our_end),
         lambda j: backward(j, fused(j, reference.bn_act), False), lambda: backward(theirs, their_end),

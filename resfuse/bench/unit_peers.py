@@ -17,7 +17,15 @@ from torch import Tensor
 from resfuse.bench.unit_cases import EPS, Case, Results
 
 # the module that each is imported from
-PACKAGES = {"compile": "torch", "apex": "apex", "inplace-abn": "inplace_abn", "cudnn-frontend": "cudnn"}
+PACKAGES = {
+    "compile": "torch",
+    "apex": "apex",
+    "inplace-abn": "inplace_abn",
+    "cudnn-frontend": "cudnn",
+    "max-autotune": "torch",
+}
+# torch.compile's mode; a graph would copy its inputs
+_MODES = {"compile": None, "max-autotune": "max-autotune-no-cudagraphs"}
 _SLOPE = 0.01  # inplace_abn inverts its activation, and no ReLU can be: with this slope results agree within 1 %
 
 
@@ -31,7 +39,7 @@ def why_missing(name: str, device: str) -> str | None:
         raise ValueError(f"peer must be one of {', '.join(PACKAGES)}, got {name!r}")
     if importlib.util.find_spec(PACKAGES[name]) is None:
         return f"{PACKAGES[name]} is not installed"
-    return None if name == "compile" or device == "cuda" else f"it has no units for {device}"
+    return None if name in _MODES or device == "cuda" else f"it has no units for {device}"
 
 
 def unit_peer(name: str, case: Case, inputs: Any) -> Callable[[], Results] | None:
@@ -42,10 +50,13 @@ def unit_peer(name: str, case: Case, inputs: Any) -> Callable[[], Results] | Non
         case (Case): what to compute.
         inputs (Inputs | ConvInputs): the operands that the case was made with.
     """
-    if name == "compile":
+    if name in _MODES:
         if case.stock is None or case.unit.endswith("backward"):
             return None  # the graph of a backward pass is its forward's
-        return torch.compile(case.stock)
+        if name == "max-autotune" and not case.unit.startswith("conv"):
+            return None  # a pass has little to choose from
+        torch._dynamo.reset()  # rows share their code: from the second shape on it would be compiled for any
+        return torch.compile(case.stock, mode=_MODES[name], dynamic=False)
     if case.unit != "bn_act forward" or case.form == "raw":
         return None
     residual = inputs.residual if case.form == "identity" else None

@@ -8,6 +8,9 @@ bandwidth; :mod:`resfuse.bench.networks` has them.
 
 from __future__ import annotations
 
+import math
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from resfuse import ops
+from resfuse.backends import why_not_raw
 from resfuse.bench import conv_cases as convolving
 from resfuse.bench.conv_cases import ConvInputs, form_of
 from resfuse.bench.gate import PEER_BOUND, Gate, Refusals
@@ -41,6 +45,7 @@ class Plan:
 
     Attributes:
         device: "cpu" or "cuda".
+        backend: whose kernels: "native", or "triton", with whose convolutions its composition is measured.
         dtypes: names, as "float32".
         model: the network whose activations and convolutions give the shapes.
         batch, size: of the network's input.
@@ -48,11 +53,13 @@ class Plan:
         units: of UNITS; empty for all of them.
         everything: every distinct shape, not one a map size.
         peers: names of further implementations to time beside stock: of :data:`resfuse.bench.unit_peers.PACKAGES`.
+        peer_seconds: no peer is made ready later than this after the start; rows say where one is missing.
         rounds: samples of each.
         quick: few rounds of small shapes; tables leave such rows out.
     """
 
     device: str = "cpu"
+    backend: str = "native"
     dtypes: Sequence[str] = ("float32", "bfloat16")
     model: str = "resnet50"
     batch: int = 16
@@ -61,6 +68,7 @@ class Plan:
     units: Sequence[str] = ()
     everything: bool = False
     peers: Sequence[str] = ()
+    peer_seconds: float = math.inf
     rounds: int = 15
     quick: bool = False
 
@@ -71,11 +79,14 @@ class Plan:
         return cls(quick=quick, **{**(_QUICK if quick else {}), **given})
 
 
-def check(case: Case, i: Inputs | ConvInputs, gate: Gate) -> None:
-    """Let `ours` and `stock` of a case pass the gate.
+def check(case: Case, i: Inputs | ConvInputs, gate: Gate) -> Results:
+    """Let `ours`, `stock` and the others of a case pass the gate.
 
-    Ours must be at most FACTOR times as far from float64 as plain torch in the same dtype, plus the floor. Stock, which
-    rounds as it likes, must be the same function.
+    Ours must be at most FACTOR times as far from float64 as plain torch in the same dtype, plus the floor. Who rounds
+    as he likes, must be the same function.
+
+    Returns:
+        the results in float64.
 
     Raises:
         RefusedError: a result is wrong.
@@ -84,8 +95,14 @@ def check(case: Case, i: Inputs | ConvInputs, gate: Gate) -> None:
     for k, (mine, other, truth) in enumerate(zip(case.ours(), plain, exact, strict=True)):
         bound = FACTOR * relative_l2(other, truth) + FLOOR[i.x.dtype]
         gate.check("resfuse", _error(mine, truth), bound, f"output {k}")
-    if case.stock is not None:
-        check_peer("stock", case.stock(), exact, gate)
+    for name, beside in _beside(case).items():
+        check_peer(name, beside(), exact, gate)
+    return exact
+
+
+def _beside(case: Case) -> dict[str, Callable[[], Results]]:
+    """What a case has to be timed beside ours."""
+    return ({} if case.stock is None else {"stock": case.stock}) | case.others
 
 
 def check_peer(name: str, found: Results, exact: Results, gate: Gate) -> None:
@@ -109,17 +126,17 @@ def measure(case: Case, i: Inputs | ConvInputs, rounds: int, peer_names: Sequenc
         RefusedError: a result is wrong; nothing has been timed.
     """
     gate = Gate(f"{case.unit} {case.form}, {tuple(i.x.shape)} {i.x.dtype}")
-    check(case, i, gate)
+    exact = check(case, i, gate)
     source, target = i.x.detach(), torch.zeros_like(i.x)
     functions: dict[str, Callable[[], object]] = {"resfuse": case.ours, "copy": lambda: target.copy_(source)}
     gate.check("copy", _error(target.copy_(source), source), 0.0)
-    if case.stock is not None:
-        functions["stock"] = case.stock
+    functions |= _beside(case)
     for name in peer_names:
         rival = unit_peer(name, case, i)
         if rival is not None:
-            check_peer(name, rival(), case.expected(i.of(torch.float64)), gate)
+            check_peer(name, rival(), exact, gate)
             functions[name] = rival
+    del exact
     samples = gate.interleave(functions, rounds=rounds, warmup=2, seconds_per_sample=0.004)
     bandwidth = {
         name: count / summarise(samples[name]).median / 1e9
@@ -142,6 +159,7 @@ def measure(case: Case, i: Inputs | ConvInputs, rounds: int, peer_names: Sequenc
 
 
 _OURS = ("resfuse", "copy")
+_SHOWN = (*_OURS, "stock")
 
 
 def activation_shapes(plan: Plan) -> list[tuple[int, ...]]:
@@ -160,18 +178,35 @@ def convolution_shapes(plan: Plan) -> list[ConvShape]:
 
     One that expands, and so is measured as more units, is not of one form with one that does not.
     """
-    if plan.shape is not None or plan.device != "cpu":
-        return []  # elsewhere conv_stats has no native kernel
+    if plan.shape is not None or (plan.backend == "native" and plan.device != "cpu"):
+        return []  # on a GPU conv_stats has no native kernel
+    convs = conv_shapes(partial(stock, plan.model), (plan.batch, 3, plan.size, plan.size))[1:]
+    if plan.backend == "triton":
+        return _pointwise_of_each_stage(convs)
     found: dict[Any, ConvShape] = {}
-    for conv in conv_shapes(partial(stock, plan.model), (plan.batch, 3, plan.size, plan.size))[1:]:
+    for conv in convs:
         key: Any = conv[1:] if plan.everything else (form_of(conv), convolving.units_of(conv), conv.output[2])
         if key not in found or conv.output[1] * conv.input[1] > found[key].output[1] * found[key].input[1]:
             found[key] = conv
     return list(found.values())
 
 
-def matmul_rate(dtype: torch.dtype, device: str, size: int = 1024) -> float:
+def _pointwise_of_each_stage(convs: Sequence[ConvShape]) -> list[ConvShape]:
+    """Those that Triton's fused kernel is made for, 1x1 of stride 1: the most frequent that widens at each map, and the
+    most frequent that does not."""
+    pointwise = [conv for conv in convs if conv.weight[2:] == (1, 1) and conv.input[2:] == conv.output[2:]]
+    frequency = Counter(conv[1:] for conv in pointwise)
+    found: dict[tuple[int, bool], ConvShape] = {}
+    for conv in pointwise:
+        key = (conv.output[2], conv.output[1] > conv.input[1])
+        if frequency[conv[1:]] > (frequency[found[key][1:]] if key in found else 0):
+            found[key] = conv
+    return list(found.values())
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
     """GFLOP/s of a product of two square matrices by torch: the roof of what is computed."""
+    size = 1024 if device == "cpu" else 8192  # a GPU is not filled by less
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     samples = interleave({"mm": lambda: a @ b}, rounds=7, warmup=2)["mm"]
     return round(2 * size**3 / min(samples) / 1e9, 1)
@@ -181,15 +216,24 @@ def _wanted(plan: Plan, unit: str) -> bool:
     return not plan.units or unit in plan.units
 
 
+def _convolves(plan: Plan, dtype: torch.dtype) -> bool:
+    """Whether the backend has convolutions in this dtype, and they are wanted."""
+    if plan.backend == "native":
+        served = dtype in ops.tile_dtypes
+    else:
+        served = why_not_raw(plan.device, dtype, requested=plan.backend) is None
+    return served and any(_wanted(plan, unit) for unit in CONVOLUTIONS)
+
+
 def rows(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[Case, Inputs | ConvInputs]]:
     """What is measured in one dtype, made one after another: one shape's operands live at a time."""
     if any(_wanted(plan, unit) for unit in UNITS if unit not in CONVOLUTIONS):
         for shape in activation_shapes(plan):
-            i = Inputs(shape, dtype, plan.device)
+            i = Inputs(shape, dtype, plan.device, plan.backend)
             yield from ((case, i) for case in cases(i) if _wanted(plan, case.unit))
-    if dtype in ops.tile_dtypes and any(_wanted(plan, unit) for unit in CONVOLUTIONS):
+    if _convolves(plan, dtype):
         for conv in convolution_shapes(plan):
-            j = ConvInputs(conv, dtype)
+            j = ConvInputs(conv, dtype, plan.device, plan.backend)
             yield from ((case, j) for case in convolving.conv_cases(j, conv) if _wanted(plan, case.unit))
 
 
@@ -201,7 +245,7 @@ def count(plan: Plan) -> int:
     each = len(shapes) * len(passes) + sum(shape[1] == STEM_CHANNELS for shape in shapes) * len(pools)
     each_conv = map(convolving.units_of, convolution_shapes(plan))
     products = sum(_wanted(plan, unit) for units in each_conv for unit in units)
-    return sum(each + (products if getattr(torch, name) in ops.tile_dtypes else 0) for name in plan.dtypes)
+    return sum(each + (products if _convolves(plan, getattr(torch, name)) else 0) for name in plan.dtypes)
 
 
 def why_nothing(plan: Plan) -> str:
@@ -233,18 +277,33 @@ def run(plan: Plan, where: Record, tick: Callable[[float], object] = lambda _: N
     """
     refusals = Refusals()
     memory = "kept" if plan.device == "cuda" or keep_freed_memory() else "fresh"  # torch keeps a GPU's
+    start = time.monotonic()
     for name in plan.dtypes:
         dtype = getattr(torch, name)
         rate = matmul_rate(dtype, plan.device)
         for case, i in rows(plan, dtype):
-            fixed = {"suite": "units", "quick": plan.quick, "environment": where, "memory": memory, "backend": "native",
-                     "layout": "channels_last", "dtype": name, "shape": list(i.x.shape),
+            fixed = {"suite": "units", "quick": plan.quick, "environment": where, "memory": memory,
+                     "backend": plan.backend, "layout": "channels_last", "dtype": name, "shape": list(i.x.shape),
                      "matmul_gflop_per_s": rate}  # fmt: skip
+            peers = plan.peers if time.monotonic() - start < plan.peer_seconds else ()
             with refusals.skip():
-                record = {**fixed, **measure(case, i, plan.rounds, plan.peers)}
+                record = {**fixed, **measure(case, i, plan.rounds, peers)}
+                record |= under_the_roof(record)
+                if plan.peers and not peers and case.stock is not None:
+                    record["missing"] = dict.fromkeys(plan.peers, f"{plan.peer_seconds:.0f} s of the run had passed")
                 tick(1.0)
                 yield record
     refusals.end()
+
+
+def under_the_roof(record: Record) -> Record:
+    """The time that a measured copy and a measured product allow a row's bytes and operations, and ours as its share.
+
+    Bytes are every operand once, so a copy out of a cache or a short one can put a row above 1.
+    """
+    median = record["times"]["resfuse"]["median_ms"]
+    least = max(record["share_of_copy"] * median, record["flops"] / record["matmul_gflop_per_s"] / 1e6)
+    return {"roofline_ms": round(least, 6), "share_of_roofline": round(least / median, 4)}
 
 
 HEAD = (
@@ -261,9 +320,9 @@ def line(record: Record) -> str:
         f"{record['unit'].removeprefix('scale_shift_relu_'):24} {record['form']:13} {record['dtype']:9} "
         f"{'x'.join(map(str, record['shape'])):>15} {time:>24} {record['gb_per_s']:7.1f} {record['share_of_copy']:8.0%}"
     )
-    if stock is None:
-        return text
-    return f"{text} {stock['median_ms']:9.3f}  {speed_up(record['over_stock'])}"
+    others = [f"{name} {found['median_ms']:.3f} ms" for name, found in record["times"].items() if name not in _SHOWN]
+    beside = "" if stock is None else f"{stock['median_ms']:9.3f}  {speed_up(record['over_stock'])}"
+    return "  ".join(part for part in (f"{text} {beside}".rstrip(), *others))
 
 
 def speed_up(ratio: Record) -> str:
