@@ -25,17 +25,22 @@ from resfuse.bench.timing import interleave, milliseconds
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 # what a variant is made of: a network, what torch.compile makes of it, and a CUDA graph of the whole step
-VARIANTS = tuple(
-    network + graph for network in ("eager", "fused", "compile", "fused-compile") for graph in ("", "-graph")
-)
+NETWORKS = ("eager", "fused", "triton", "compile", "fused-compile")
+VARIANTS = tuple(network + graph for network in NETWORKS for graph in ("", "-graph"))
+
+
+def backend_of(variant: str) -> str | None:
+    """Whose kernels a fused network runs on: its convolutions are Triton's or, with native kernels, cuDNN's."""
+    kind = variant.partition("-")[0]
+    return {"fused": "native", "triton": "triton"}.get(kind)
 
 
 def build(network: str, variant: str, device: str) -> nn.Module:
     """One of VARIANTS, in training mode; the same weights for all."""
     torch.manual_seed(0)
     model = models.get_model(network).to(device, memory_format=torch.channels_last)
-    if variant.startswith("fused"):
-        fuse(model, backend="native", strict=True)
+    if (backend := backend_of(variant)) is not None:
+        fuse(model, backend=backend, strict=True)
     return torch.compile(model) if "compile" in variant else model
 
 
@@ -95,15 +100,19 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "gpu": gpu_state(),
     }
-    if variant in ("eager", "fused"):
+    if variant in ("eager", "fused", "triton"):
         found["saved_bytes"] = saved_memory(lambda: loss_of(model, images, labels, dtype), model_tensors(model)).bytes
     return found
 
 
-def check(network: str, dtype: str) -> None:
-    """Refuse a fused network whose training step is less exact than the bound allows."""
-    verdicts = parity.judge_fused(build(network, "eager", "cuda"), *batch_of(8, 64, "cuda"), getattr(torch, dtype))
-    parity.refuse_a_wrong_result(verdicts, f"{network} {dtype}")
+def check(network: str, dtype: str, backend: str, batch: int, device: str = "cuda", size: int = 128) -> None:
+    """Refuse a fused network whose training step is less exact than the bound allows, or whose kernels are missing.
+
+    The batch is that of the steps that are timed, so that Triton compiles the same kernels for both.
+    """
+    stock = build(network, "eager", device)
+    verdicts = parity.judge_fused(stock, *batch_of(batch, size, device), getattr(torch, dtype), backend)
+    parity.refuse_a_wrong_result(verdicts, f"{network} {dtype} {backend}")
 
 
 def parse() -> argparse.Namespace:
@@ -122,12 +131,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure every variant and append its record."""
     options = parse()
-    where = native_environment([options.dtype], "cuda")
+    kernels = list(dict.fromkeys(filter(None, map(backend_of, options.variants))))
+    where = native_environment([], "cuda")
     torch.backends.cudnn.benchmark = True  # for all variants alike
-    check(options.model, options.dtype)
+    for backend in kernels:
+        check(options.model, options.dtype, backend, options.batch)
     for variant in options.variants:
         cell = {"suite": "gpu-models", "model": options.model, "mode": "training", "dtype": options.dtype,
-                "batch": options.batch, "size": options.size, "layout": "channels_last"}  # fmt: skip
+                "batch": options.batch, "size": options.size, "layout": "channels_last",
+                "backend": backend_of(variant)}  # fmt: skip
         record = {**cell, **measure(variant, options), "environment": where}
         append(options.output, record)
         print(

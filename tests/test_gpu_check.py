@@ -168,5 +168,20 @@ def test_the_step_that_is_timed_trains(variant):
     assert model.conv1.weight.isfinite().all() and not torch.equal(model.conv1.weight, before)
 
 
+def test_a_variant_is_fused_and_checked_on_its_own_kernels(monkeypatch):
+    """Where they are missing the run ends before it times anything."""
+    bench = load_script("bench_gpu")
+    backends = {variant: bench.backend_of(variant) for variant in bench.VARIANTS}
+    assert {v for v, b in backends.items() if b == "triton"} == {"triton", "triton-graph"}
+    assert {v for v, b in backends.items() if b is None} == {"eager", "eager-graph", "compile", "compile-graph"}
+    with pytest.raises(RuntimeError, match="backend='triton' does not serve"):
+        bench.build("resnet18", "triton-graph", "cpu")
+    with pytest.raises(RuntimeError, match="backend='triton' does not serve"):
+        bench.check("resnet18", "float32", "triton", 2, "cpu", 32)
+    monkeypatch.setattr(bench.parity, "FLOOR", dict.fromkeys(bench.parity.FLOOR, -1e9))
+    with pytest.raises(SystemExit, match="refusing to time a wrong result: resnet18 float32 native"):
+        bench.check("resnet18", "float32", "native", 2, "cpu", 32)
+
+
 def test_the_makefile_has_the_command():
     assert "\ngpu-check:\n\t$(PYTHON) benchmarks/gpu_check.py\n" in (ROOT / "Makefile").read_text()
