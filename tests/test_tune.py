@@ -88,6 +88,27 @@ def test_a_second_run_of_tune_keeps_what_it_does_not_measure(cache):
     assert choices.lookup(table, "conv_stats_backward", BF16, POINTWISE, 1000) == "composed"
 
 
+def test_a_run_that_is_interrupted_keeps_what_it_measured(cache, monkeypatch):
+    pytest.importorskip("triton", reason="tune imports Triton's candidates")
+    shapes = [tune.Case(POINTWISE, (images, 256, 3, 3), (images, 64, 3, 3), False) for images in (1, 2)]
+
+    def measure(case, dtype, device, both):
+        if case == shapes[1]:
+            raise RuntimeError("candidates disagree")
+        return [row(1.0, 2.0, case.pixels)]
+
+    for name, stand_in in (("is_available", lambda: True), ("current_device", lambda: 0),
+                           ("get_device_name", lambda device: "a GPU")):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name, stand_in in (("environment", lambda device: {}), ("cases", lambda *asked: shapes), ("measure", measure)):
+        monkeypatch.setattr(tune, name, stand_in)
+    monkeypatch.setitem(ops.missing_triton, "cuda", None)
+    with pytest.raises(RuntimeError, match="candidates disagree"):
+        tune.tune("cuda", ["resnet50"], [BF16])
+    kept = json.loads((choices.user_directory() / "a-gpu.json").read_text())
+    assert kept["rows"] == [row(1.0, 2.0, 9)]
+
+
 def test_a_gpu_without_room_for_the_fused_kernels_composes(monkeypatch):
     """Compute capability 8.6 and 8.9 have 99 KiB of shared memory for a block, 8.0 has 163."""
     gpu = torch.device("cuda", 0)

@@ -144,7 +144,8 @@ def tune(
     size: int = 224,
     tick: Callable[[], object] = lambda: None,
 ) -> Path:
-    """Measure the candidates over the convolutions of networks, and keep what is found in the user's cache directory.
+    """Measure the candidates over the convolutions of networks, and keep what is found in the user's cache directory,
+    after every shape: a run that is interrupted loses one.
 
     Args:
         device (str): "cuda", or "cuda:1".
@@ -169,9 +170,10 @@ def tune(
         raise RuntimeError(f"tune has nothing to choose from: {device!r} has too little shared memory for our products")
     from resfuse._triton.candidates import CANDIDATES
 
-    rows: list[dict[str, Any]] = []
+    name, record, directory = torch.cuda.get_device_name(device), environment("cuda"), choices.user_directory()
+    path = write(name, (), record, directory)
     for case in cases(names, batch, size):
         for dtype in dtypes:
-            rows += measure(case, dtype, device, CANDIDATES)
+            path = write(name, measure(case, dtype, device, CANDIDATES), record, directory)
         tick()
-    return write(torch.cuda.get_device_name(device), rows, environment("cuda"), choices.user_directory())
+    return path
