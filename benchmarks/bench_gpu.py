@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfuse import fuse, models
+from resfuse import choices, fuse, models
 from resfuse.bench import parity
 from resfuse.bench.environment import gpu_state, native_environment
 from resfuse.bench.memory import model_tensors, saved_memory
@@ -140,6 +140,8 @@ def main() -> None:
         cell = {"suite": "gpu-models", "model": options.model, "mode": "training", "dtype": options.dtype,
                 "batch": options.batch, "size": options.size, "layout": "channels_last",
                 "backend": backend_of(variant)}  # fmt: skip
+        if cell["backend"] == "triton":
+            cell["choices"] = "measured" if choices.table_of(where["device_name"]) else "by rule"
         record = {**cell, **measure(variant, options), "environment": where}
         append(options.output, record)
         print(

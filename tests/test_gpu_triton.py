@@ -41,7 +41,7 @@ def cpu_operators(monkeypatch):
         monkeypatch.setattr(ops, case.op, getattr(torch.ops.resfuse, case.op).default)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (3, 65, 9, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (3, 65, 9, 9)], ids=["small", "odd"])
 @DENSE
 @EVERY_DTYPE
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.form}")
