@@ -46,7 +46,7 @@ print(f"the fused kernel is the faster in {fused} of {len(rows)} rows of {path.n
 """
 # of Triton's tests, what the interpreter cannot show: a GPU's own affairs, and bfloat16 in one layout; the whole takes
 # many processes, since every test compiles
-TRITON_ALONE = "graph or compiled or billion"
+TRITON_ALONE = "graph or compiled or billion or autocast"
 TRITON_TESTS = f"{TRITON_ALONE} or bfloat16 and not contiguous and not small"
 # units that are passes, and those that are convolutions, as bench_units.py names them
 PASSES = (
