@@ -222,17 +222,16 @@ def _conv_stats(i: ConvInputs, shape: ConvShape) -> Iterator[Case]:
 
     form = form_of(shape)
     source = (i.x, i.affine, i.mean, i.weight, True, *geometry)
-    ours, *others = i.candidates.values()
-    names = list(i.candidates)[1:]
+    (_, ours), *others = i.candidates.items()
     y, y_mean, _ = ours.conv_stats(*source, True)
-    calls = [partial(candidate.conv_stats, *source, True) for candidate in (ours, *others)]
     yield Case(
-        "conv_stats", form, calls[0], forward, read + written + weight, products, stock, more,
-        dict(zip(names, calls[1:], strict=True)),
+        "conv_stats", form, partial(ours.conv_stats, *source, True), forward, read + written + weight, products, stock,
+        more, {name: partial(other.conv_stats, *source, True) for name, other in others},
     )  # fmt: skip
     loaded = (i.grad, y, None, y_mean, i.grad_mean, i.grad_var, False)
-    calls = [partial(c.conv_stats_backward, *loaded, *source, None, True, True) for c in (ours, *others)]
+    given = (*loaded, *source, None, True, True)
     yield Case(
-        "conv_stats backward", form, calls[0], backward, 2 * read + 2 * written + 2 * weight, 2 * products, None, more,
-        dict(zip(names, calls[1:], strict=True)),
+        "conv_stats backward", form, partial(ours.conv_stats_backward, *given), backward,
+        2 * (read + written + weight), 2 * products, None, more,
+        {name: partial(other.conv_stats_backward, *given) for name, other in others},
     )  # fmt: skip

@@ -144,8 +144,7 @@ def tune(
     size: int = 224,
     tick: Callable[[], object] = lambda: None,
 ) -> Path:
-    """Measure the candidates over the convolutions of networks, and keep what is found in the user's cache directory,
-    after every shape: a run that is interrupted loses one.
+    """Measure the candidates over networks' convolutions; each row is kept in the user's cache directory at once.
 
     Args:
         device (str): "cuda", or "cuda:1".
