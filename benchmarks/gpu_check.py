@@ -52,8 +52,12 @@ TRITON_TESTS = f"{TRITON_ALONE} or bfloat16 and not contiguous and not small"
 PASSES = (
     "moments", "add_relu", "scale_shift_act", "backward_reduce", "backward_apply", "bn_act forward", "bn_act backward",
     "scale_shift_relu_maxpool", "scale_shift_relu_maxpool backward_reduce", "scale_shift_relu_maxpool backward_apply",
+    "finalize",
 )  # fmt: skip
-CONVOLUTIONS = ("conv_stats", "conv_stats backward")
+CONVOLUTIONS = (
+    "conv_stats", "conv_stats backward", "conv_act",
+    "second_moments", "expand_bn_act forward", "expand_bn_act backward",
+)  # fmt: skip
 # variants of networks as bench_gpu.py names them, those that take long to compile last; and whose kernels they need
 VARIANTS = (
     "eager", "fused", "triton", "eager-graph", "fused-graph", "triton-graph", "compile", "compile-graph",
