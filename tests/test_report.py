@@ -212,3 +212,20 @@ def test_report_refuses_a_text_without_its_markers(text):
     report = load_script("report")
     with pytest.raises(ValueError, match="once each"):
         report.replace_block(text.format(report.START, report.END), "new")
+
+
+def test_machines_have_tables_and_panels_of_their_own():
+    """The machine that was measured last comes first, and no row takes the place of another machine's."""
+    first, other = model_record(100.0), model_record(50.0)
+    other["environment"] = {**other["environment"], "device_name": "Another CPU", "date": "2099-01-01T00:00:00"}
+    text = tables.summary([first, other])
+    ours = text.index("Measured on Another CPU"), text.index(f"Measured on {first['environment']['device_name']}")
+    assert ours[0] < ours[1] and text.count("| network |") == 2
+    page = tables.render([first, other], [])
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert headings == ["## Another CPU", f"## {first['environment']['device_name']}"]
+    assert "## " not in tables.render([first], []).replace("### ", "")
+    first["suite"] = other["suite"] = "models"
+    titles = [panel.title for panel in figures.networks([first, other])]
+    assert titles == ["Training step, Another CPU", f"Training step, {first['environment']['device_name']}"]
+    assert [panel.title for panel in figures.networks([other])] == ["Training step"]

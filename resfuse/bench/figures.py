@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,9 +108,21 @@ def _panels(found: Sequence[Measured], titles: dict[str, str]) -> list[Panel]:
     panels = []
     for mode, title in titles.items():
         timed = [m for m in found if m.cell.mode == mode and m.measures["eager"].median]
-        if timed:
-            panels.append(Panel(title, {_label(m): _speed(m) for m in timed}))
+        panels += _by_machine(title, timed, _speed)
     return panels
+
+
+def _by_machine(title: str, found: Sequence[Measured], bars: Callable[[Measured], list[Bar]]) -> list[Panel]:
+    """A panel for each machine, the one that was measured last first; it is named where there are several."""
+    oldest = sorted((m.row for m in found), key=lambda row: row["environment"]["date"])
+    machines = series.machines(oldest)
+    return [
+        Panel(
+            f"{title}, {machine}" if len(machines) > 1 else title,
+            {_label(m): bars(m) for m in found if m.cell.device == machine},
+        )
+        for machine in machines
+    ]
 
 
 def memory(rows: Sequence[Record]) -> list[Panel]:
@@ -118,8 +131,7 @@ def memory(rows: Sequence[Record]) -> list[Panel]:
     panels = []
     for key, title in (("saved", "Saved for backward"), ("peak", "Peak of a training process")):
         held = [m for m in cells if getattr(m.measures["eager"], key)]
-        if held:
-            panels.append(Panel(title, {_label(m): _held(m, key) for m in held}))
+        panels += _by_machine(title, held, partial(_held, key=key))
     return panels
 
 

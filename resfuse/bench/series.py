@@ -148,6 +148,11 @@ def newest(rows: Iterable[Record], *keys: str) -> list[Record]:
     return list({repr([row.get(key) for key in keys]): row for row in rows}.values())
 
 
+def machines(rows: Iterable[Record]) -> list[str]:
+    """The processors and GPUs of some rows, the one that was measured last first: rows of two are never compared."""
+    return list(dict.fromkeys(row["environment"]["device_name"] for row in list(rows)[::-1]))
+
+
 def units(rows: Iterable[Record]) -> list[Record]:
     """The rows of units, each unit's of the run that measured it last: its shapes belong together."""
     alike = newest((row for row in rows if row["suite"] == "units"),

@@ -2,7 +2,7 @@
 
 Rows of quick runs are left out. The cells of a table's row come from one record, or for a unit from one run, so that
 its ratios are between times that were taken in turn; different rows may come from different runs, so that a part of a
-table can be measured again.
+table can be measured again. Each machine has tables of its own, the one that was measured last first.
 """
 
 from __future__ import annotations
@@ -70,9 +70,14 @@ def networks_of(rows: Iterable[Record]) -> list[Record]:
 
 
 def summary(models: Iterable[Record]) -> str:
-    """The README's table: whole networks that train and serve, with what they save; nothing without rows."""
-    shown = [row for row in networks_of(models) if row["mode"] in ("training", "inference")]
-    return _speed(shown, memory=True) + "\n" if shown else ""
+    """The README's tables: whole networks that train and serve, with what they save; nothing without rows."""
+    shown = [row for row in measured(models) if row["mode"] in ("training", "inference")]
+    tables = [_speed(networks_of(_on(name, shown)), memory=True) for name in series.machines(shown)]
+    return "\n\n".join(tables) + "\n" if tables else ""
+
+
+def _on(machine: str, rows: Iterable[Record]) -> list[Record]:
+    return [row for row in rows if row["environment"]["device_name"] == machine]
 
 
 def render(
@@ -90,6 +95,18 @@ def render(
     Returns:
         str: Markdown, ending in a line break unless it is empty.
     """
+    files = [measured(rows) for rows in (models, units, blocks, scaling, serving)]
+    machines = series.machines(sorted((row for rows in files for row in rows), key=lambda r: r["environment"]["date"]))
+    pages = [_machine(*(_on(name, rows) for rows in files)) for name in machines]
+    if len(machines) > 1:
+        pages = [f"## {name}\n\n{page}" for name, page in zip(machines, pages, strict=True)]
+    return "\n\n".join(pages) + "\n" if pages else ""
+
+
+def _machine(
+    models: list[Record], units: list[Record], blocks: list[Record], scaling: list[Record], serving: list[Record]
+) -> str:
+    """The tables of one machine."""
     networks = networks_of(models)
     timed = [row for row in networks if row["mode"] != "memory"]
     parts = [_section("Networks", _speed(timed))] if timed else []
@@ -97,20 +114,20 @@ def render(
         parts.append(_outside(outside))
     if networks:
         parts.append(_section("Memory", _memory(networks)))
-    if distinct := newest(measured(blocks), "model", "name", "shape", "mode", "dtype"):
+    if distinct := newest(blocks, "model", "name", "shape", "mode", "dtype"):
         parts.append(_section("Blocks", _blocks(distinct)))
-    latest = series.units(measured(units))
+    latest = series.units(units)
     passes = [row for row in latest if "weight" not in row]
     for memory, note in _OUTPUTS.items():
         if alike := [row for row in passes if row.get("memory", "fresh") == memory]:
             parts.append(_section(f"Units, outputs in {memory} memory", _units(alike, f"{_UNITS_NOTE} {note}")))
     if products := [row for row in latest if "weight" in row]:
         parts.append(_section("Convolutions", _convolutions(products)))
-    if served := newest(measured(serving), "model", "dtype", "batch", "size"):
+    if served := newest(serving, "model", "dtype", "batch", "size"):
         parts.append(_section("Serving", _serving(served)))
-    if points := measured(scaling):
-        parts.append(_section("Growth", _growth(points)))
-    return "\n\n".join(parts) + "\n" if parts else ""
+    if scaling:
+        parts.append(_section("Growth", _growth(scaling)))
+    return "\n\n".join(parts)
 
 
 def render_predictions(rows: list[Record]) -> str:
