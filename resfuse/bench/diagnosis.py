@@ -89,7 +89,9 @@ def cpu() -> dict[str, Any]:
 
 def _convolutions(dtype: torch.dtype) -> str:
     reason = backends.why_not_raw("cpu", dtype)
-    return "resfuse" if reason is None else f"torch: {reason}"
+    if reason is not None:
+        return f"torch: {reason}"
+    return "resfuse" if ops.tile_operands[dtype] == dtype else "resfuse, as float32: the processor has no AVX512_BF16"
 
 
 def gpu() -> dict[str, Any]:
