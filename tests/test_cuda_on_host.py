@@ -60,7 +60,7 @@ def torch_flags(monkeypatch):
     """The include paths, macros and libraries with which setup.py builds, and beside them those for linking."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     settings = runpy.run_path(str(ROOT / "setup.py"))
-    folder = settings["TORCH_LIBRARIES"][0]
+    folder = settings["cpu_extension"].library_dirs[0]
     return [settings["STABLE_ABI"], *settings["INCLUDES"]], [f"-L{folder}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
