@@ -1,32 +1,37 @@
 """What Triton made of the kernels, without a GPU: each launch of an operator on meta tensors, compiled for a target.
 
-A launch is recorded where it would start and compiled as Triton would compile it there, with the same specialisation.
-Resources and instructions are read from the machine code. As a script this compiles everything that a ResNet-50 asks
-for, for all targets, prints the table, and exits with 1 where the gate refuses a kernel.
+A launch is recorded where it would start and compiled as Triton would compile it there, with the same specialization.
+Resources and instructions are read from the machine code. As a script this compiles all cases for all targets, prints
+the table, and exits with 1 where the gate refuses a kernel.
 """
 
 import argparse
-import re
-import subprocess
+import os
 import sys
-import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 import triton
-from cuda_build import find_disassembler
+import triton_sass
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton_cases import CASES, DTYPES, MORE_CASES
+from triton_sass import TENSOR_CORES
+from triton_steps import choosing
 
 from resfuse._triton import LAUNCHERS
 
 TARGETS = (80, 90, 100)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MOST_REGISTERS = 255
+# HGMMA multiplies no fewer rows than this
+FEWEST_ROWS = 64
+# Triton takes rows of such lengths for aligned, and reads others value by value, which no asynchronous copy does
+ALIGNED_CHANNELS = 16
 
 
 class Launch(NamedTuple):
@@ -36,6 +41,10 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
     options: dict[str, Any]
 
+    def argument(self, name: str) -> Any:
+        """By its name in the kernel; None where it has none."""
+        return self.options.get(name, dict(zip(self.kernel.arg_names, self.args, strict=False)).get(name))
+
 
 class Compiled(NamedTuple):
     """A kernel for one target, and what its machine code says."""
@@ -43,12 +52,16 @@ class Compiled(NamedTuple):
     unit: str
     kernel: str
     target: int
-    dtype: str
+    dtype: str  # of its first operand
     warps: int
     registers: int
     shared: int  # bytes
     spilled: int  # bytes of local memory, a stack frame included
     dots: int  # products in Triton's own code: such kernels are held to the tensor cores and asynchronous copies
+    rows: int  # of a product's tile
+    aligned: bool  # whether the rows of its operands are
+    fed: int  # innermost loops that multiply and copy asynchronously
+    starved: int  # those that only multiply
     wide: int  # loads and stores of 128 bits
     narrow: int
     instructions: dict[str, int]
@@ -67,7 +80,7 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
 
 
 def source_of(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton would compile: types, specialised arguments, constants and options."""
+    """What Triton would compile: types, specialized arguments, constants and options."""
     kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **launch.options)
@@ -77,186 +90,39 @@ def source_of(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, A
     return ASTSource(kernel, signature, constants, attributes), options.__dict__
 
 
-_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-# what the gate and the table count, by the beginning of an instruction's name
-TENSOR_CORES = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA")
-COUNTED = (*TENSOR_CORES, "LDGSTS", "UBLKCP", "UTMALDG", "LDG", "STG", "LDL", "STL")
-
-
-def instructions(code: str) -> dict[str, int]:
-    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.M)
-    return {kind: names.count(kind) for kind in COUNTED if kind in names}
-
-
-def widths(code: str) -> tuple[int, int]:
-    """How many loads and stores of global memory take 128 bits, and how many take fewer."""
-    found = re.findall(r"\b(?:LDG|STG)((?:\.\w+)+)", code)
-    wide = sum(".128" in access for access in found)
-    return wide, len(found) - wide
-
-
-def compiled(unit: str, launch: Launch, target: int, dtype: str) -> Compiled:
+def compiled(unit: str, launch: Launch, target: int) -> Compiled:
     gpu = GPUTarget("cuda", target, 32)
     source, options = source_of(launch, gpu)
     result = triton.compile(source, target=gpu, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(result.asm["cubin"])
-        file.flush()
-        command = [find_disassembler(), "--dump-resource-usage", "--dump-sass", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, _, local = map(int, _RESOURCES.search(said).groups())
+    code = triton_sass.disassembled(result.asm["cubin"])
+    registers, local = triton_sass.resources(code)
+    dtype = str(launch.args[0].dtype).removeprefix("torch.")
+    lengths = [launch.argument(name) or 0 for name in ("channels", "out_channels", "branch_channels")]
     return Compiled(
         unit, launch.kernel.__name__, target, dtype, result.metadata.num_warps, registers, result.metadata.shared,
-        stack + local, result.asm["ttir"].count("tt.dot "), *widths(said), instructions(said),
+        local, result.asm["ttir"].count("tt.dot "), launch.argument("BLOCK_M") or 0,
+        not any(length % ALIGNED_CHANNELS for length in lengths), *triton_sass.multiplying_loops(code),
+        *triton_sass.widths(code), triton_sass.instructions(code),
     )  # fmt: skip
 
 
-def activation(dtype, channels=64, size=56, batch=32):
-    return torch.empty(batch, channels, size, size, dtype=dtype, device="meta", memory_format=torch.channels_last)
+def distinct_launches(target, dtype, cases) -> list[tuple[str, Launch]]:
+    """What the operators of the cases launch, every kernel once for each set of constants and types."""
+    found, gpu = {}, GPUTarget("cuda", target, 32)
+    for case in cases:
+        for name, args in case.calls(DTYPES[dtype]):
+            with choosing(case.choose):
+                launched = launches(lambda name=name, args=args: LAUNCHERS[name](*args))
+            for launch in launched:
+                source, options = source_of(launch, gpu)
+                found.setdefault((source.hash(), str(sorted(options.items()))), (name, launch))
+    return list(found.values())
 
 
-def vectors(count, channels=64):
-    return [torch.empty(channels, device="meta") for _ in range(count)]
-
-
-def memory_bound(dtype):
-    """The operators of the memory-bound units: (name, arguments)."""
-    x, v = activation(dtype), vectors(1)[0]
-    parameter = [torch.empty(64, device="meta") for _ in range(4)]
-    counter = torch.empty((), dtype=torch.int64, device="meta")
-    large = activation(dtype, size=112)
-    pooled, indices = activation(dtype), activation(torch.uint8)
-    window = ([3, 3], [2, 2], [1, 1])
-    none = (None,) * 6
-    yield "add_relu", (x, x)
-    yield "add_relu_backward", (x, x)
-    yield "moments", (x,)
-    yield "moments_backward", (v, v, x, v)
-    yield "finalize", (v, v, 100, *parameter, counter, 0.1, 1e-5)
-    yield "finalize_backward", (v, v, v, parameter[0], 1e-5)
-    for residual in ((None, None, None), (x, None, None), (x, v, v)):
-        yield "scale_shift_act", (x, v, v, *residual, True)
-        yield "scale_shift_act_moments", (x, v, v, *residual, True)
-    yield "scale_shift_act_backward_reduce", (x, x, v, v, v, *none[:5], True)
-    yield "scale_shift_act_backward_reduce", (x, x, v, v, v, *none[:4], x, True)
-    yield "scale_shift_act_backward_reduce", (x, x, v, v, v, x, v, v, v, None, True)
-    yield "scale_shift_act_backward_apply", (x, x, v, v, v, v, v, *none, True)
-    yield "scale_shift_act_backward_apply", (x, x, v, v, v, v, v, x, v, v, v, v, v, True)
-    yield "scale_shift_relu_maxpool", (large, v, v, *window)
-    yield "scale_shift_relu_maxpool_backward_reduce", (pooled, indices, large, v, v, v, *window)
-    yield "scale_shift_relu_maxpool_backward_apply", (pooled, indices, large, v, v, v, v, v, *window)
-
-
-_UNIT = ([1, 1], [0, 0], [1, 1], 1)
-
-
-def _prologue(channels):
-    return torch.empty(2, channels, device="meta"), *vectors(1, channels)
-
-
-def _matrix(rows, columns, dtype, *kernel):
-    return torch.empty(rows, columns, *kernel, dtype=dtype, device="meta")
-
-
-def folding(dtype):
-    """Train-time folding of the last convolution of ResNet-50's bottlenecks, and of their projections."""
-    for channels, size, stride in ((64, 56, 1), (128, 28, 2), (256, 14, 2)):
-        wide, narrow = 4 * channels, channels if stride == 1 else 2 * channels
-        x, out = activation(dtype, channels, size), activation(dtype, wide, size)
-        shortcut = activation(dtype, narrow, size * stride)
-        prologue, strides = _prologue(channels), [stride, stride]
-        projection = shortcut, _matrix(wide, narrow, dtype, 1, 1), strides
-        weight, shift = _matrix(wide, channels, dtype, 1, 1), *vectors(1, wide)
-        folded = (x, *prologue, True, weight, None, shift)
-        yield "second_moments", (x, *prologue, True, [1, 1])
-        yield "second_moments", (shortcut, None, None, False, strides)
-        yield "conv_act", (*folded, out, *[None] * 4, [1, 1], True, *_UNIT, False)
-        yield "conv_act", (*folded, out, *_prologue(wide), None, None, [1, 1], True, *_UNIT, True)
-        yield "conv_act", (*folded, None, None, None, *projection, True, *_UNIT, False)
-        yield "expand_bn_act_backward_weight", (out, out, x, *prologue, True)
-        for read, before, strides_of_read in ((x, prologue, [1, 1]), (shortcut, (None, None), strides)):
-            c = read.shape[1]
-            algebra = _matrix(wide, c, dtype), _matrix(c, c, torch.float32), *vectors(1, c)
-            yield "expand_bn_act_backward_input", (out, read, *before, True, *algebra, strides_of_read)
-
-
-def inference(dtype):
-    """Convolutions with a folded normalisation: in, out, kernel, stride, groups, size; the last adds a residual.
-
-    Rows of fewer than 8 channels are too short for asynchronous copies: those of a stem are not among them.
-    """
-    for channels, wide, kernel, stride, groups, size in (
-        (64, 64, 3, 1, 1, 56), (128, 128, 3, 2, 1, 56), (128, 128, 3, 1, 8, 28), (256, 512, 1, 2, 1, 56),
-        (256, 64, 1, 1, 1, 56), (64, 256, 1, 1, 1, 56),
-    ):  # fmt: skip
-        weight = _matrix(wide, channels // groups, torch.float32, kernel, kernel)
-        residual = activation(dtype, wide, size) if wide > channels and stride == 1 else None
-        geometry = [stride] * 2, [kernel // 2] * 2, [1, 1], groups
-        operands = activation(dtype, channels, size), None, None, False, weight, *vectors(2, wide)
-        yield "conv_act", (*operands, residual, *[None] * 4, [1, 1], True, *geometry, False)
-
-
-# (channels, out channels, kernel, stride, size of the map, groups) of convolutions: one step, many, phases of a stride
-CONVOLUTIONS = ((64, 64, 1, 1, 56, 1), (256, 64, 1, 1, 56, 1))
-MORE_CONVOLUTIONS = (
-    (128, 512, 1, 1, 28, 1), (256, 512, 1, 2, 56, 1), (64, 64, 3, 1, 56, 1), (128, 128, 3, 2, 56, 1),
-)  # fmt: skip
-# groups, and the stem, whose few channels fill no tile and are read one by one: the composition is chosen for them
-NARROW = ((128, 128, 3, 1, 28, 32), (3, 64, 7, 2, 224, 1))
-
-
-def convolutions(dtype, shapes=CONVOLUTIONS):
-    """conv_stats and its backward, with a prologue and without, with every way that dY is formed."""
-    for channels, out, kernel, stride, size, groups in shapes:
-        x = activation(dtype, channels, size)
-        weight = torch.empty(out, channels // groups, kernel, kernel, device="meta")
-        padding = kernel // 2
-        y = activation(dtype, out, (size + 2 * padding - kernel) // stride + 1)
-        pairs = [stride] * 2, [padding] * 2, [1, 1], groups
-        affine, (mean,) = torch.empty(2, channels, device="meta"), vectors(1, channels)
-        y_affine, moments = torch.empty(2, out, device="meta"), vectors(3, out)
-        reads = (x, None, None, weight, False) if channels == 3 else (x, affine, mean, weight, True)
-        yield "conv_stats", (*reads, *pairs, True)
-        yield "conv_stats", (x, None, None, weight, False, *pairs, False)
-        if channels == 3:
-            yield "conv_stats_backward", (y, y, None, *moments, False, *reads, *pairs, None, False, True)
-            continue
-        yield "conv_stats_backward", (y, y, None, *moments, False, *reads, *pairs, None, True, True)
-        yield "conv_stats_backward", (y, y, y_affine, *moments, True, *reads, *pairs, None, True, True)
-        plain = (y, None, None, None, None, None, False, x, None, None, weight, False, *pairs, x, True, True)
-        yield "conv_stats_backward", plain
-
-
-def narrow(dtype):
-    return convolutions(dtype, NARROW)
-
-
-def more_convolutions(dtype):
-    return convolutions(dtype, MORE_CONVOLUTIONS)
-
-
-# what is compiled: functions of a dtype that give operators with arguments on the meta device
-CASES: list[Callable[[torch.dtype], Any]] = [memory_bound, folding, inference, convolutions]
-# what the script compiles beside them
-MORE_CASES: list[Callable[[torch.dtype], Any]] = [more_convolutions, narrow]
-
-
-def build(targets, dtypes, cases=CASES) -> list[Compiled]:
-    """Every kernel of every case once for each set of constants and types."""
-    found, seen = [], set()
-    for dtype in dtypes:
-        calls = [(case, *call) for case in cases for call in case(DTYPES[dtype])]
-        for case, name, args in calls:
-            for launch in launches(lambda name=name, args=args: LAUNCHERS[name](*args)):
-                for target in targets:
-                    source, options = source_of(launch, GPUTarget("cuda", target, 32))
-                    key = (source.hash(), str(sorted(options.items())), target)
-                    if key not in seen:
-                        seen.add(key)
-                        kernel = compiled(name, launch, target, dtype)
-                        # of a narrow product the gate asks only that nothing spills
-                        found.append(kernel._replace(dots=0) if case is narrow else kernel)
-    return found
+def build(target, dtype, cases=None) -> list[Compiled]:
+    """Every kernel of every case; of all by default."""
+    found = distinct_launches(target, dtype, cases or CASES + MORE_CASES)
+    return [compiled(name, launch, target) for name, launch in found]
 
 
 def faults(kernels: list[Compiled]) -> list[str]:
@@ -268,13 +134,24 @@ def faults(kernels: list[Compiled]) -> list[str]:
             wrong.append(f"{where} spills: {k.spilled} bytes of local memory")
         if k.registers > MOST_REGISTERS:
             wrong.append(f"{where} takes {k.registers} registers")
-        if k.dots == 0 or k.dtype == "float32":
-            continue
-        asynchronous = sum(k.instructions.get(name, 0) for name in ("LDGSTS", "UBLKCP", "UTMALDG"))
-        if k.target == 90 and not k.instructions.get("HGMMA"):
-            wrong.append(f"{where} multiplies without HGMMA")
-        if not asynchronous:
-            wrong.append(f"{where} copies nothing asynchronously")
+        if k.dots and k.dtype != "float32":
+            wrong += [f"{where} {fault}" for fault in faults_of_product(k)]
+    return wrong
+
+
+def faults_of_product(k: Compiled) -> list[str]:
+    """What the gate refuses of a product of 16-bit operands."""
+    wrong = []
+    if k.target == 90 and k.rows >= FEWEST_ROWS:
+        if not k.instructions.get("HGMMA"):
+            wrong.append("multiplies without HGMMA")
+        if k.instructions.get("HMMA"):
+            wrong.append("multiplies with HMMA too")
+    if k.aligned:
+        if not k.fed:
+            wrong.append("copies nothing asynchronously while it multiplies")
+        if k.starved:
+            wrong.append(f"copies nothing asynchronously in {k.starved} loops that multiply")
     return wrong
 
 
@@ -316,14 +193,28 @@ def write_page(kernels: list[Compiled]) -> None:
     PAGE.write_text(f"{before}{START}\n{summary(kernels)}{END}{rest.partition(END)[2]}")
 
 
+def check_triton(folder: Path) -> None:
+    """Stop unless the Triton that was imported lies in this folder."""
+    if folder.resolve() not in Path(triton.__file__).resolve().parents:
+        sys.exit(f"{folder} was to have Triton, but {triton.__file__} was imported: is it there, and on PYTHONPATH?")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="all of them by default")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="all of them by default")
+    parser.add_argument("--triton", type=Path, help="the folder on PYTHONPATH that Triton must come from")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--docs", action="store_true", help="also write the table of docs/triton.md")
     chosen = parser.parse_args()
-    kernels = build(chosen.target or TARGETS, chosen.dtype or DTYPES, CASES + MORE_CASES)
+    if chosen.triton:
+        check_triton(chosen.triton)
+    pairs = list(product(chosen.target or TARGETS, chosen.dtype or DTYPES))
+    with ProcessPoolExecutor(chosen.jobs) as pool:
+        built = pool.map(build, *zip(*pairs, strict=True))
+        kernels = [kernel for each in built for kernel in each]
     print(table(kernels))
+    print(f"{len(kernels)} kernels, compiled by Triton {triton.__version__}")
     if chosen.docs:
         write_page(kernels)
     sys.exit("\n".join(faults(kernels)) or 0)
