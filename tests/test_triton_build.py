@@ -61,6 +61,16 @@ def test_a_step_is_compiled_as_it_runs():
     first = [args for name, args in calls if name == "conv_stats" and args[1] is None and args[-1]]
     assert first and all(args[0].is_contiguous(memory_format=torch.channels_last) for args in first)
     assert {args[0].shape[1] for name, args in calls if name == "moments"} >= {64, 256, 2048}
+    # batches of another size, no multiple of 16, are served by the same kernels
+    launched = {kernel_key(*each) for each in triton_build.distinct_launches(TARGET, DTYPE, triton_cases.CASES[:1])}
+    others = triton_build.distinct_launches(TARGET, DTYPE, [triton_cases.resnet50(triton_cases.by_the_rule, batch=255)])
+    passes = {"moments_kernel", "scale_shift_act_kernel", "merge_moments_kernel", "sum_partials_kernel"}
+    assert {kernel_key(*each) for each in others if each[1].kernel.__name__ in passes} <= launched
+
+
+def kernel_key(name, launch):
+    source, options = triton_build.source_of(launch, triton_build.GPUTarget("cuda", TARGET, 32))
+    return source.hash(), str(sorted(options.items()))
 
 
 def kernel(**changes):

@@ -11,17 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ELEMENTS = 4096  # that a program loads at once
-_PARTS = 256  # of them side by side at most: few steps that wait for memory
+# (parts, channels) of a program's tile, 4096 elements but for the first: few forms, since each is compiled by itself,
+# and many parts side by side, so that few steps wait for memory
+_TILES = ((4, 512), (16, 256), (64, 64), (256, 16))
 
 
 def _tile(parts: int) -> tuple[int, int]:
     """Parts and channels of a program's tile."""
-    side_by_side = min(_PARTS, triton.next_power_of_2(parts))
-    return side_by_side, min(_ELEMENTS // side_by_side, 512)
+    return next((tile for tile in _TILES if tile[0] >= parts), _TILES[-1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "slab", "rows"])
 def merge_moments_kernel(
     partial_ptr,  # (parts, 2, channels): mean and squared deviations of each slab
     mean_ptr,
@@ -70,7 +70,7 @@ def merge_moments(partial: Tensor, slab: int, rows: int, dtype: torch.dtype | No
     return mean, var
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def sum_partials_kernel(partial_ptr, out_ptr, parts, size, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     valid = element < size

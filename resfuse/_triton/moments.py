@@ -27,7 +27,7 @@ from resfuse._triton.walk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def moments_kernel(
     x_ptr,
     partial_ptr,  # (slabs, 2, channels)
@@ -56,7 +56,7 @@ def moments_kernel(
     store_moments(partial_ptr, pivot, mean, m2, first, end, part, channel, valid, channels, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def moments_backward_kernel(
     grad_mean_ptr,
     grad_var_ptr,

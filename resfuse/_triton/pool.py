@@ -64,7 +64,7 @@ def place_in(image, pixel, channel, channels, plane, CHANNELS_LAST: tl.constexpr
     return at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "height", "width", "pooled_width"])
 def pool_kernel(
     x_ptr,
     scale_ptr,
@@ -180,7 +180,7 @@ def scale_shift_relu_maxpool(
 def walk_with_pool(x: Tensor, like: Tensor, *, reduces: bool = False) -> Walk:
     """The walk over x in the memory order of `like`: of what is dense in both orders, a pool may be in one alone."""
     walk = walk_over(x, reduces=reduces, tile_bytes=POOL_BYTES)
-    return walk._replace(channels_last=not like.is_contiguous())
+    return walk._replace(channels_last=not like.is_contiguous(), plane=x.shape[2] * x.shape[3])
 
 
 def check_pooled(pooled: Tensor, x: Tensor, window: Window, dtype: torch.dtype, name: str) -> None:

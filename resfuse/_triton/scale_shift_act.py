@@ -77,7 +77,7 @@ def result(
     return activate(z, RELU).to(x_ptr.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def scale_shift_act_kernel(
     x_ptr,
     scale_ptr,

@@ -56,7 +56,7 @@ def incoming(
     return dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width", "pooled_height", "pooled_width"])
 def reduce_kernel(
     grad_ptr,
     x_ptr,
@@ -136,7 +136,7 @@ def gradient_through(dz, x, scale, mean, grad_mean_ptr, grad_var_ptr, channel, v
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width", "pooled_height", "pooled_width"])
 def apply_kernel(
     grad_ptr,
     x_ptr,

@@ -113,7 +113,7 @@ def second_moments_kernel(
         tl.store(sums_ptr + slab.to(tl.int64) * channels + left, tl.sum(sums, 0), mask=left < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs", "pixels"])
 def covariance_kernel(
     products_ptr, sums_ptr, pivot_ptr, mean_ptr, covariance_ptr, slabs, pixels, channels, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -24,7 +24,7 @@ class Walk(NamedTuple):
 
     pixels: int
     channels: int
-    plane: int
+    plane: int  # pixels of one, or 1 in channels_last memory, where nobody asks: a kernel for all sizes
     channels_last: bool
     tile: Pass
     slab: int
@@ -67,7 +67,7 @@ def walk_over(x: Tensor, *, reduces: bool = False, tile_bytes: int | None = None
     tiles = triton.cdiv(pixels, tile.pixels)
     parts = max(1, _PROGRAMS // triton.cdiv(channels, tile.channels)) if reduces else tiles
     slab = tile.pixels * triton.cdiv(tiles, parts) if pixels > 0 else tile.pixels
-    return Walk(pixels, channels, height * width, channels_last, tile, slab)
+    return Walk(pixels, channels, 1 if channels_last else height * width, channels_last, tile, slab)
 
 
 def _steps(x: Tensor) -> list[int]:
