@@ -4,9 +4,10 @@
     input:   da = [dz | a | 1] [[W'], [-Q], [row]], one accumulator over two products and a constant; then through the
              prologue: grad_x = da*scale where a is active, and the sums of that da and of da*(x - mean)
 
-`weight` reads grad_out and out once, x once for each block of output channels (from the L2 cache but for the first),
-and writes dz; its programs sum over slabs of pixels, added in a fixed order. `input` reads dz and x, and x again in its
-epilogue, and writes grad_x. The C-length and C-by-C algebra between the two is resfuse/autograd_folding.py's.
+`weight` reads grad_out and out once for each block of channels, x once for each block of output channels (from the L2
+cache but for the first), and writes dz; its programs sum over slabs of pixels, added in a fixed order. `input` reads dz
+and x once for each block of channels, and x again in its epilogue, and writes grad_x. The C-length and C-by-C algebra
+between the two is resfuse/autograd_folding.py's.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 The products are those of d = a - pivot, the pivot being the mean of a over at most 64 pixels spread evenly: an
 uncentred sum in float32 would lose (mean/std)^2 digits. Cov[a] = E[d d^T] - E[d] E[d]^T holds for any pivot. A program
 sums d^T d of one pair of blocks of channels over a slab, in float32; slabs are added in float64. Only pairs on and
-above the diagonal are computed. x is read once for each block of channels, by programs that run side by side: from the
-L2 cache but for the first. The price of slabs is 4*C*C bytes for each, written and read.
+above the diagonal are computed. Of several blocks of channels each is read once for every block, and once more, by
+programs that run side by side: from the L2 cache but for the first. The price of slabs is 4*C*C bytes for each, written
+and read.
 """
 
 from __future__ import annotations

@@ -4,55 +4,16 @@ float16 activations are told from float32 vectors by their size. A pass touches 
 back to what neighbouring windows share, which a GPU has in cache, so there the values touched are counted.
 """
 
-import numpy as np
 import pytest
 import torch
+from accesses import Accesses
 from numerics import image
-from triton.runtime import interpreter
 
 from resfuse import ops
 from resfuse.bench.roofline import POOL_PASSES, bytes_moved
 
 SHAPE = (2, 8, 14, 14)
 WINDOW = ([3, 3], [2, 2], [1, 1])
-
-
-class Accesses:
-    """Addresses of 8- and 16-bit values that are loaded and stored."""
-
-    def __init__(self, monkeypatch):
-        self.loads, self.stores = [], []
-        builder = interpreter.InterpreterBuilder
-        load, store = builder.create_masked_load, builder.create_masked_store
-
-        def counted_load(this, pointers, mask, *rest):
-            self._note(self.loads, pointers, mask)
-            return load(this, pointers, mask, *rest)
-
-        def counted_store(this, pointers, value, mask, *rest):
-            self._note(self.stores, pointers, mask)
-            return store(this, pointers, value, mask, *rest)
-
-        monkeypatch.setattr(builder, "create_masked_load", counted_load)
-        monkeypatch.setattr(builder, "create_masked_store", counted_store)
-
-    @staticmethod
-    def _note(where, pointers, mask):
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        if size <= 2:
-            where.append((size, pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]))
-
-    def all(self):
-        return sum(size * len(addresses) for size, addresses in [*self.loads, *self.stores])
-
-    def touched(self):
-        """Bytes of distinct values, each kind of access by itself."""
-        return sum(
-            width * len(np.unique(np.concatenate(found)))
-            for accesses in (self.loads, self.stores)
-            for width in (1, 2)
-            if (found := [addresses for size, addresses in accesses if size == width])
-        )
 
 
 def calls():
