@@ -2,7 +2,8 @@
 
 `--html FILE` writes the interactive page of all results instead, which needs the report extra.
 
-README.md shows networks in short, docs/benchmarks.md everything that was measured, docs/cuda.md predictions, as such.
+README.md shows networks in short, docs/benchmarks.md everything that was measured, docs/cuda.md and docs/triton.md
+predictions, as such.
 Tables stand between two markers; pictures are in docs/figures.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from resfuse.bench import figures
 from resfuse.bench.records import Record, read
-from resfuse.bench.tables import render, render_predictions, summary
+from resfuse.bench.tables import render, render_predictions, render_products, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -27,6 +28,7 @@ def pages(results: Path) -> dict[str, str]:
         "README.md": figures.markup(drawn(results), "docs/figures") + summary(rows["models"]),
         "docs/benchmarks.md": render(rows["models"], rows["units"], rows["blocks"], rows["scaling"], rows["serving"]),
         "docs/cuda.md": render_predictions(rows["predicted"]),
+        "docs/triton.md": render_products(read(results / "predicted_products.jsonl")),
     }
 
 

@@ -148,7 +148,7 @@ def checkout(tmp_path):
     """A root with pages that have markers and nothing between them, and results of one network."""
     report = load_script("report")
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/benchmarks.md", "docs/cuda.md"):
+    for name in ("README.md", "docs/benchmarks.md", "docs/cuda.md", "docs/triton.md"):
         (tmp_path / name).write_text(f"before\n{report.START}\nwas here before\n{report.END}\nafter\n")
     append(tmp_path / "benchmarks/results/models.jsonl", network_row({"eager": 100.0, "fused": 50.0}))
     return tmp_path

@@ -10,7 +10,8 @@ from test_cuda_dispatch import Calls
 from test_report import load_script
 
 import resfuse
-from resfuse import models, ops
+from resfuse import choices, models, ops
+from resfuse.bench import products
 from resfuse.bench.records import read
 from resfuse.bench.roofline import bytes_moved, predict
 
@@ -27,6 +28,15 @@ def test_predictions_are_shown_as_such():
     assert "| moments |  | 3 | 6.0 | 6.00 | 2x64x8x8 | 2000 |" in text
     assert "| all |  | 4 | 12.0 | 12.00 |  |  |" in text
     assert "Predicted, not measured: resnet50, one training step, batch 2, bfloat16, for Some GPU, whose" in text
+
+
+def test_predictions_of_products_are_shown_as_such():
+    row = {**PREDICTED, "unit": "conv_stats", "conv": [64, 256, 1, 1, 1, 1, 0, 0, 1, 1, 1], "size": [8, 8],
+           "composed_bytes": 12 * 10**9, "operations": 10**12, "composed_microseconds": 12000.0,
+           "peak_tflops": 500.0}  # fmt: skip
+    text = load_script("report").render_products([row])
+    assert "| 64 to 256, 8x8 | conv_stats | 6.00 | 6000 | 33% | 12.00 | 12000 | 0.50 |" in text
+    assert "Predicted, not measured: one call in resnet50, batch 2, bfloat16, for Some GPU, whose" in text
 
 
 def test_byte_counts():
@@ -66,5 +76,23 @@ def test_a_gpu_without_a_measured_copy_is_refused(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "roofline.py", "--gpu", "Some GPU", "--output", output]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "no copy has been measured on 'Some GPU'" in done.stderr and not output.exists()
+    of_products = tmp_path / "predicted_products.jsonl"
     done = subprocess.run([*command, "--bandwidth", "1000"], capture_output=True, text=True)
     assert done.returncode == 0 and all(row["predicted"] and row["copy_gb_per_s"] == 1000.0 for row in read(output))
+    assert not of_products.exists()  # nor is a peak known
+    done = subprocess.run([*command, "--bandwidth", "1000", "--peak", "500"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(row["predicted"] and row["peak_tflops"] == 500.0 for row in read(of_products))
+
+
+def test_predictions_of_products():
+    """Folded forward: x twice, the shortcut and out; backward: grad_out, out, dz twice, x twice and grad_x."""
+    found = products.predict(models.resnet50, (2, 3, 64, 64), torch.bfloat16, 1e9, 1e15)
+    of = {(p.unit, tuple(p.conv[:2]), p.size): p for p in found}
+    assert len(of) == len(found)
+    assert {choices.rule(torch.bfloat16, choices.Conv.from_list(p.conv)) for p in found} == {"fused"}
+    x, y = 2 * 64 * 16 * 16, 2 * 256 * 16 * 16
+    folded, backward = (of[unit, (64, 256), (16, 16)] for unit in ("folded", "folded backward"))
+    assert folded.bytes == 2 * (2 * x + 2 * y) and backward.bytes == 2 * (3 * x + 4 * y)
+    assert folded.operations == 2 * 512 * (64 * 256 + 64 * 64)
+    assert folded.microseconds == pytest.approx(folded.bytes / 1e3, abs=0.01)
+    assert all(p.bytes < p.composed_bytes for p in found)

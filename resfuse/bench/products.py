@@ -7,10 +7,16 @@ only the first of them is predicted to reach memory, the others the L2 cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from resfuse.choices import Conv
+import torch
+from torch import nn
+
+from resfuse.backends import folds
+from resfuse.bench.roofline import PASSES
+from resfuse.bench.shapes import conv_shapes
+from resfuse.choices import Conv, rule
 
 _PIVOT_PIXELS = 64  # that second_moments looks at beforehand
 
@@ -140,3 +146,98 @@ def expand_input(layer: Layer, blocks: int, *, prologue: bool) -> dict[str, Traf
 def touched(*units: Mapping[str, Traffic]) -> int:
     """Values that kernels must move."""
     return sum(traffic.touched for unit in units for traffic in unit.values())
+
+
+class Unit(NamedTuple):
+    """What kernels of ours must move and multiply, and what torch's convolution with passes around it must move."""
+
+    name: str
+    values: int
+    composed: int
+    operations: int
+
+
+def _composed(layer: Layer, prologue: bool) -> tuple[int, int]:
+    """Values moved by torch's convolution and by its backward, given dY, with passes for a prologue.
+
+    Both read the activated input, which a pass has written; the gradient to it goes through a reduction and a pass.
+    """
+    activated = PASSES["scale_shift_act", "none"] * layer.x
+    through = (PASSES["backward_reduce", "none"] + 2 + 1) * layer.x  # without moments, apply reads two and writes one
+    forward, gradients = layer.read + layer.y, (layer.y + layer.x) + (layer.y + layer.read)
+    return forward + prologue * activated, gradients + prologue * (activated + through)
+
+
+def conv_stats_units(layer: Layer, prologue: bool) -> tuple[Unit, Unit]:
+    """Forward with moments, and backward with them."""
+    forward, backward = _composed(layer, prologue)
+    input_side = input_gradient(layer, 1, formed=True, prologue=prologue)
+    ours = touched(input_side, weight_gradient(layer, 1, 1, formed=True))
+    return (
+        Unit("conv_stats", touched(conv_stats(layer, 1)), forward + PASSES["moments", ""] * layer.y, layer.operations),
+        Unit("conv_stats_backward", ours, PASSES["backward_apply", "none"] * layer.y + backward, 2 * layer.operations),
+    )
+
+
+def folded_units(layer: Layer) -> tuple[Unit, Unit]:
+    """The last convolution of a block with its normalisation, an identity shortcut and ReLU, folded in training.
+
+    The composition does not fold: it keeps the convolution's output, and adds the shortcut in a pass.
+    """
+    forward, backward = _composed(layer, True)
+    forward += (PASSES["moments", ""] + PASSES["scale_shift_act", "identity"]) * layer.y
+    backward += (PASSES["backward_reduce", "identity"] + PASSES["backward_apply", "identity"]) * layer.y
+    algebra = 2 * layer.pixels * layer.conv.channels**2  # of the covariance, and again of its gradient
+    ours = touched(expand_weight(layer, 1, 1, masked=True), expand_input(layer, 1, prologue=True))
+    return (
+        Unit("folded", touched(second_moments(layer, 1), conv_act(layer, 1, residual=True)), forward,
+             layer.operations + algebra),
+        Unit("folded backward", ours, backward, 2 * layer.operations + algebra),
+    )  # fmt: skip
+
+
+class Prediction(NamedTuple):
+    """One call of a unit: bytes of both ways over the bandwidth, or operations over the peak where that is longer."""
+
+    unit: str
+    conv: list[int]
+    size: tuple[int, int]
+    bytes: int
+    composed_bytes: int
+    operations: int
+    microseconds: float
+    composed_microseconds: float
+
+
+def predict(
+    build: Callable[[], nn.Module], input_shape: tuple[int, ...], dtype: torch.dtype, bandwidth: float, peak: float
+) -> list[Prediction]:
+    """The units of a training step whose 1x1 convolutions the rule gives to our kernels, every shape once.
+
+    Args:
+        build (Callable[[], nn.Module]): makes the stock network of bottlenecks.
+        input_shape (tuple[int, ...]): (N, C, H, W).
+        dtype (torch.dtype): of activations.
+        bandwidth (float): bytes per second that a copy reaches, read and written ones counted.
+        peak (float): operations per second of the tensor cores in this dtype.
+
+    Returns:
+        list[Prediction]: in the order of the forward pass.
+    """
+    found: dict[tuple[Layer, str], list[Prediction]] = {}
+    for shape in conv_shapes(build, input_shape):
+        conv = Conv.of(shape.weight, shape.stride, shape.padding, shape.dilation, shape.groups)
+        if rule(dtype, conv) != "fused":
+            continue
+        layer, last = Layer(conv, shape.input[0], *shape.input[2:]), shape.name.endswith("conv3")
+        folded = last and folds(conv.channels, conv.out_channels, layer.pixels)
+        units = folded_units(layer) if folded else conv_stats_units(layer, last)
+        found[layer, units[0].name] = [_predicted(unit, layer, dtype.itemsize, bandwidth, peak) for unit in units]
+    return [prediction for pair in found.values() for prediction in pair]
+
+
+def _predicted(unit: Unit, layer: Layer, element_size: int, bandwidth: float, peak: float) -> Prediction:
+    moved, composed = element_size * unit.values, element_size * unit.composed
+    times = (round(1e6 * max(each / bandwidth, unit.operations / peak), 2) for each in (moved, composed))
+    size = layer.height, layer.width
+    return Prediction(unit.name, layer.conv.as_list(), size, moved, composed, unit.operations, *times)

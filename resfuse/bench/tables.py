@@ -14,6 +14,7 @@ from typing import Any
 from resfuse.bench import series
 from resfuse.bench.records import Record
 from resfuse.bench.series import DTYPES, MODES, Curve, curves, grouped, newest, peer_name, shape_of
+from resfuse.choices import Conv
 
 _SPEED_NOTE = (
     "Median of interleaved samples; more images/s is better. `to` a peer is the speed-up of resfuse, below 1x is "
@@ -150,6 +151,31 @@ def render_predictions(rows: list[Record]) -> str:
     caption = (
         f"Predicted, not measured: {where['model']}, one training step, batch {where['batch']}, {where['dtype']}, for "
         f"{where['gpu']}, whose copies reach {where['copy_gb_per_s']:.0f} GB/s."
+    )
+    return f"{_table(head, cells, left=2)}\n\n{caption}\n"
+
+
+def render_products(rows: list[Record]) -> str:
+    """The table of what products.py predicted: a row for each convolution and unit."""
+    if not rows:
+        return ""
+    cells = []
+    for row in rows:
+        conv = Conv.from_list(row["conv"])
+        on_cores = row["operations"] / row["peak_tflops"] / 1e6
+        cells.append(
+            [f"{conv.channels} to {conv.out_channels}, {row['size'][0]}x{row['size'][1]}", row["unit"],
+             f"{row['bytes'] / 1e9:.2f}", f"{row['microseconds']:.0f}", f"{on_cores / row['microseconds']:.0%}",
+             f"{row['composed_bytes'] / 1e9:.2f}", f"{row['composed_microseconds']:.0f}",
+             f"{row['microseconds'] / row['composed_microseconds']:.2f}"]
+        )  # fmt: skip
+    head = ["1x1 convolution, map", "unit", "GB", "predicted us", "of it tensor cores", "composed GB",
+            "composed, predicted us", "predicted ratio"]  # fmt: skip
+    where = rows[0]
+    caption = (
+        f"Predicted, not measured: one call in {where['model']}, batch {where['batch']}, {where['dtype']}, for "
+        f"{where['gpu']}, whose copies reach {where['copy_gb_per_s']:.0f} GB/s and whose tensor cores have "
+        f"{where['peak_tflops']:.0f} TFLOP/s by its data sheet. Composed: torch's convolution with passes around it."
     )
     return f"{_table(head, cells, left=2)}\n\n{caption}\n"
 
