@@ -68,6 +68,19 @@ def test_a_step_is_compiled_as_it_runs():
     assert {kernel_key(*each) for each in others if each[1].kernel.__name__ in passes} <= launched
 
 
+def test_tiles_in_which_an_older_triton_spills_have_fewer_rows():
+    """Those of Triton 3.6: a prologue beside what fills an epilogue, and strided phases of a dY that is computed."""
+    cases = [triton_cases.Case(triton_cases.folding), triton_cases.Case(triton_cases.convolutions)]
+    crowded, phases = [], []
+    for _, launch in triton_build.distinct_launches(TARGET, DTYPE, cases):
+        kernel, given = launch.kernel.__name__, lambda name, launch=launch: launch.argument(name) is not None
+        if kernel == "conv_act_kernel" and given("affine_ptr") and given("partial_ptr"):
+            crowded.append((launch.argument("SINGLE"), launch.argument("BLOCK_M")))
+        if kernel == "input_gradient_kernel" and given("y_ptr") and launch.argument("width").result_step > 1:
+            phases.append(launch.argument("BLOCK_M"))
+    assert set(crowded) == {(True, 128), (False, 64)} and set(phases) == {64}
+
+
 def kernel_key(name, launch):
     source, options = triton_build.source_of(launch, triton_build.GPUTarget("cuda", TARGET, 32))
     return source.hash(), str(sorted(options.items()))

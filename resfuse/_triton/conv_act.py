@@ -192,8 +192,10 @@ def conv_act(
         check_image(residual, "residual", like=x, shape=shape)
         check_prologue(residual_affine, residual_mean, residual, "residual_affine")
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    plain = scale is None and branch is None and residual_affine is None and not moments
-    plan = act_schedule(product, x.dtype, plain=plain)
+    vectors = scale is not None or residual_affine is not None or moments
+    plan = act_schedule(
+        product, x.dtype, plain=branch is None and not vectors, crowded=vectors and affine is not None
+    )  # fmt: skip
     partial = None
     if moments:
         partial = torch.empty((plan.slabs, 2, out_channels), dtype=torch.float32, device=x.device)

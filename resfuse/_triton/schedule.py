@@ -5,7 +5,8 @@ channels it writes and those of one step follow these rules, which keep every ke
 checks them): 128 rows by up to 64 channels for large maps, fewer for small ones and for float32, since a prologue's
 vectors, moments, and what an epilogue loads take registers beside the sums; all channels of a 1x1 convolution in one
 step up to 128 (64 where two activations are loaded), else steps of 64 or 32, of 16 in float32; as many steps in flight,
-up to three, as the shared memory of every target has room for.
+up to three, as the shared memory of every target has room for. Triton 3.6 spills earlier than 3.9 does: where it did,
+rows are fewer.
 """
 
 from __future__ import annotations
@@ -82,12 +83,13 @@ def _depth(channels: int, taps: int, dtype: torch.dtype, step: int, operands: in
 
 
 def _rowwise(
-    product: Product, dtype: torch.dtype, channels_in: int, channels_out: int, step: int, operands: int
-) -> Schedule:
+    product: Product, dtype: torch.dtype, channels_in: int, channels_out: int, step: int, operands: int,
+    rows: int | None = None,
+) -> Schedule:  # fmt: skip
     """Of a product that writes a row for each of its rows; `operands` are the activations that a step loads."""
     block_n = _block(channels_out, 64 if dtype != torch.float32 else 32)
     block_k = _depth(channels_in, product.taps, dtype, step, operands)
-    config = _config(_rows(product.pixels, dtype), block_n, block_k, dtype, operands)
+    config = _config(rows or _rows(product.pixels, dtype), block_n, block_k, dtype, operands)
     single = product.taps == 1 and channels_in <= block_k
     blocks = triton.cdiv(channels_out, block_n)
     return _slabs(config, product.pixels, config.block_m, blocks, product.groups, single)
@@ -101,9 +103,10 @@ def forward_schedule(product: Product, dtype: torch.dtype) -> Schedule:
 def input_schedule(part: Product, dtype: torch.dtype, computed: bool) -> Schedule:
     """Of the gradient to the input, or of one phase of it: its rows are input pixels.
 
-    Steps are narrower where dY is `computed` from two activations.
+    Steps are narrower where dY is `computed` from two activations, and rows fewer where they are a strided phase's too.
     """
-    return _rowwise(part, dtype, part.out_channels, part.channels, *((32, 2) if computed else (64, 1)))
+    rows = 64 if computed and part.width.result_step * part.height.result_step > 1 else None
+    return _rowwise(part, dtype, part.out_channels, part.channels, *((32, 2) if computed else (64, 1)), rows)
 
 
 def weight_schedule(product: Product, dtype: torch.dtype) -> Schedule:
@@ -115,17 +118,20 @@ def weight_schedule(product: Product, dtype: torch.dtype) -> Schedule:
     return _slabs(config, product.pixels, config.block_k, blocks * product.taps, product.groups)
 
 
-def act_schedule(product: Product, dtype: torch.dtype, *, plain: bool) -> Schedule:
-    """Of conv_act; `plain` where its epilogue has no scale, moments, branch or raw residual.
+def act_schedule(product: Product, dtype: torch.dtype, *, plain: bool, crowded: bool) -> Schedule:
+    """Of conv_act; `plain` where its epilogue has no scale, moments, branch or raw residual, `crowded` where a scale,
+    moments or a raw residual meet a prologue.
 
     A per-channel vector of an epilogue takes a register for every fourth channel: without them tiles may be larger.
+    Beside them a prologue has room for fewer rows, unless its own vectors are the same in every step.
     """
     half = dtype != torch.float32
     deep = plain and product.taps == 1 and product.channels <= 128
     block_k = _block(product.channels, 128 if deep else 64) if half else 16
     single = product.taps == 1 and product.channels <= block_k
     block_n = _block(product.out_channels, (128 if single and plain else 64) if half else 32)
-    config = _config(_rows(product.pixels, dtype), block_n, block_k, dtype, 1, warps=8)
+    rows = 64 if crowded and not single else _rows(product.pixels, dtype)
+    config = _config(rows, block_n, block_k, dtype, 1, warps=8)
     blocks = triton.cdiv(product.out_channels, block_n)
     return _slabs(config, product.pixels, config.block_m, blocks, product.groups, single)
 

@@ -82,7 +82,7 @@ def test_conv_act(name, monkeypatch):
     shift, none = o.vectors[0], [None] * 4
     arguments = (None, None, False, o.weight, None, shift, o.residual, *none, [1, 1], True, *o.geometry, False)
     out, *_ = fused.conv_act(o.x, *arguments)
-    blocks = schedule.act_schedule(o.product, HALF, plain=True).blocks
+    blocks = schedule.act_schedule(o.product, HALF, plain=True, crowded=False).blocks
     assert_counts(accesses, products.conv_act(layer, blocks, residual=True), x=o.x, out=out, residual=o.residual)
 
 
@@ -96,7 +96,7 @@ def test_conv_act_with_a_branch(stride, monkeypatch):
     accesses = Accesses(monkeypatch)
     arguments = (o.affine, o.mean, True, o.weight, None, o.vectors[0], None, None, None, shortcut, weight)
     out, *_ = fused.conv_act(o.x, *arguments, [stride, stride], True, *o.geometry, False)
-    blocks = schedule.act_schedule(o.product, HALF, plain=False).blocks
+    blocks = schedule.act_schedule(o.product, HALF, plain=False, crowded=False).blocks
     assert_counts(accesses, products.conv_act(layer, blocks, branch=branch), x=o.x, out=out, branch=shortcut)
 
 
