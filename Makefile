@@ -15,8 +15,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: venv
 	$(BIN)/python -m resfuse demo
 
+# workers take tests from each other, since a few take minutes
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 bench: venv
 	$(BIN)/python benchmarks/bench_units.py
