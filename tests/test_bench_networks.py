@@ -8,7 +8,7 @@ from stand_in import Machine
 from test_report import WHERE, load_script
 
 from resfuse import backends, fuse, ops
-from resfuse.bench import gate, networks, peers, scaling, worker, workload
+from resfuse.bench import gate, networks, parity, peers, scaling, worker, workload
 from resfuse.bench.networks import Cell
 from resfuse.bench.workload import Task, batch_of, build
 
@@ -103,6 +103,23 @@ def test_where_the_whole_network_proves_nothing_its_blocks_are_judged(monkeypatc
     monkeypatch.setattr(ops.of("native"), "finalize_backward", wrong)
     with pytest.raises(gate.RefusedError, match=r"cifar_plain20 PlainBlock layer1\.0 bfloat16 fused gradient of"):
         networks.check("cifar_plain20", "bfloat16")
+
+
+def test_batches_tell_wrong_gradients_from_luck():
+    """One unlucky batch is forgiven, what is wrong on most is not; outputs must hold on every batch."""
+
+    def batch(ours, stock=1e-3, outputs=1e-6):
+        bound = lambda error: parity.FACTOR * error + parity.FLOOR[torch.float32]  # noqa: E731
+        gradients = parity.Verdict("gradients", ours, stock, bound(stock))
+        return [gradients, parity.Verdict("outputs", outputs, 1e-6, bound(1e-6))]
+
+    def holds(*batches):
+        return [verdict.holds for verdict in parity.over_batches(batches, torch.float32)]
+
+    assert holds(batch(9e-4, 1e-6), batch(5e-4), batch(8e-4)) == [True, True]
+    assert holds(batch(9e-3), batch(8e-3), batch(5e-4)) == [False, True]
+    assert holds(batch(1e-4), batch(1e-4, outputs=1e-5), batch(1e-4)) == [True, False]
+    assert holds(batch(1e-4), batch(float("nan")), batch(float("nan"))) == [False, True]
 
 
 def test_a_refused_row_is_left_out_and_the_run_goes_on(inside, monkeypatch):

@@ -11,7 +11,8 @@ Stock is given in both memory layouts, whose kernels round differently. Outputs,
 on rounding: there the more exact layout counts. Gradients do not: a ReLU whose input is within rounding of zero may
 let its gradient through or not, and in float32 a step has so few of these that the errors of two equally exact
 implementations can be a thousandfold apart (1e-6 with none, 1e-3 with one). There the less exact layout counts, which
-is the one that met some; over seeds, this bound tells wrong gradients from luck.
+is the one that met some. A batch may still be unlucky: where float32 gradients break the bound, more batches are taken
+(:func:`over_batches`), and their medians tell wrong gradients from luck.
 
 A deep network without shortcuts amplifies rounding so far that in 16 bits stock's own gradients have little in common
 with the exact ones. A bound that zeros would meet proves nothing (:attr:`Verdict.proves_nothing`), and such a network's
@@ -232,6 +233,19 @@ def judge_fused(
     exact = step(layouts[0], exact=True)
     stock = [step_errors(step(layout), exact) for layout in layouts]
     return judge(step_errors(step(layouts[0], fused=True), exact), stock, dtype)
+
+
+def over_batches(judged: Sequence[Sequence[Verdict]], dtype: torch.dtype) -> list[Verdict]:
+    """One verdict for each of those of several batches: of gradients by the medians, else the one nearest its bound."""
+    found = []
+    for same in zip(*judged, strict=True):
+        if same[0].quantity.startswith("gradients"):
+            ours = statistics.median(math.inf if math.isnan(verdict.ours) else verdict.ours for verdict in same)
+            stock = statistics.median(verdict.stock for verdict in same)
+            found.append(Verdict(same[0].quantity, ours, stock, FACTOR * stock + FLOOR[dtype]))
+        else:
+            found.append(max(same, key=lambda verdict: math.inf if not verdict.holds else verdict.ours / verdict.bound))
+    return found
 
 
 def refuse_a_wrong_result(verdicts: Sequence[Verdict], name: str) -> None:

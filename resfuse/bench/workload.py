@@ -84,10 +84,11 @@ def build(network: str, variant: str, device: str = "cpu", seed: int = 0) -> nn.
     return peers.as_module("compile" if variant == "fused-compile" else variant, model)
 
 
-def batch_of(batch: int, size: int, device: str = "cpu", layout: torch.memory_format = torch.channels_last
-             ) -> tuple[Tensor, Tensor]:  # fmt: skip
+def batch_of(
+    batch: int, size: int, device: str = "cpu", layout: torch.memory_format = torch.channels_last, seed: int = 1
+) -> tuple[Tensor, Tensor]:
     """Random images and labels."""
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
     return images.to(device, memory_format=layout), torch.arange(batch, device=device) % 10
 
 
