@@ -171,7 +171,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "triton.md"
 START, END = "<!-- gate:start -->", "<!-- gate:end -->"
 
 
-def summary(kernels: list[Compiled]) -> str:
+def summary(kernels: list[Compiled], dtypes: list[str]) -> str:
     """The page's table: for each kernel and target the most of its forms and dtypes, and the products' instructions."""
     lines = [
         "| kernel | target | forms | registers | shared bytes | spilled | tensor core instructions |",
@@ -184,13 +184,13 @@ def summary(kernels: list[Compiled]) -> str:
         used = sorted({n for k in forms for n in k.instructions if n in TENSOR_CORES})
         most = (max(getattr(k, field) for k in forms) for field in ("registers", "shared", "spilled"))
         lines.append(f"| {name} | sm_{target} | {len(forms)} | {' | '.join(map(str, most))} | {', '.join(used)} |")
-    dtypes = ", ".join(dict.fromkeys(k.dtype for k in kernels))
-    return "\n".join([*lines, "", f"Compiled by Triton {triton.__version__} for {dtypes}; none of it ran.", ""])
+    caption = f"Compiled by Triton {triton.__version__} for networks in {', '.join(dtypes)}; none of it ran."
+    return "\n".join([*lines, "", caption, ""])
 
 
-def write_page(kernels: list[Compiled]) -> None:
+def write_page(kernels: list[Compiled], dtypes: list[str]) -> None:
     before, _, rest = PAGE.read_text().partition(START)
-    PAGE.write_text(f"{before}{START}\n{summary(kernels)}{END}{rest.partition(END)[2]}")
+    PAGE.write_text(f"{before}{START}\n{summary(kernels, dtypes)}{END}{rest.partition(END)[2]}")
 
 
 def check_triton(folder: Path) -> None:
@@ -216,7 +216,7 @@ def main() -> None:
     print(table(kernels))
     print(f"{len(kernels)} kernels, compiled by Triton {triton.__version__}")
     if chosen.docs:
-        write_page(kernels)
+        write_page(kernels, list(chosen.dtype or DTYPES))
     sys.exit("\n".join(faults(kernels)) or 0)
 
 
