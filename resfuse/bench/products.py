@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from resfuse.backends import folds
+from resfuse.backends import folds_from
 from resfuse.bench.roofline import PASSES
 from resfuse.bench.shapes import conv_shapes
 from resfuse.choices import Conv, rule
@@ -230,7 +230,8 @@ def predict(
         if rule(dtype, conv) != "fused":
             continue
         layer, last = Layer(conv, shape.input[0], *shape.input[2:]), shape.name.endswith("conv3")
-        folded = last and folds(conv.channels, conv.out_channels, layer.pixels)
+        least = folds_from(conv.channels, conv.out_channels)
+        folded = last and least is not None and layer.pixels >= least
         units = folded_units(layer) if folded else conv_stats_units(layer, last)
         found[layer, units[0].name] = [_predicted(unit, layer, dtype.itemsize, bandwidth, peak) for unit in units]
     return [prediction for pair in found.values() for prediction in pair]
