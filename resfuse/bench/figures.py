@@ -108,17 +108,19 @@ def _panels(found: Sequence[Measured], titles: dict[str, str]) -> list[Panel]:
     panels = []
     for mode, title in titles.items():
         timed = [m for m in found if m.cell.mode == mode and m.measures["eager"].median]
-        panels += _by_machine(title, timed, _speed)
+        panels += _by_machine(title, timed, found, _speed)
     return panels
 
 
-def _by_machine(title: str, found: Sequence[Measured], bars: Callable[[Measured], list[Bar]]) -> list[Panel]:
-    """A panel for each machine, the one that was measured last first; it is named where there are several."""
+def _by_machine(
+    title: str, found: Sequence[Measured], figure: Sequence[Measured], bars: Callable[[Measured], list[Bar]]
+) -> list[Panel]:
+    """A panel for each machine, the one that was measured last first; it is named where the figure has several."""
     oldest = sorted((m.row for m in found), key=lambda row: row["environment"]["date"])
-    machines = series.machines(oldest)
+    machines, several = series.machines(oldest), len({m.cell.device for m in figure}) > 1
     return [
         Panel(
-            f"{title}, {machine}" if len(machines) > 1 else title,
+            f"{title}, {machine}" if several else title,
             {_label(m): bars(m) for m in found if m.cell.device == machine},
         )
         for machine in machines
@@ -131,7 +133,7 @@ def memory(rows: Sequence[Record]) -> list[Panel]:
     panels = []
     for key, title in (("saved", "Saved for backward"), ("peak", "Peak of a training process")):
         held = [m for m in cells if getattr(m.measures["eager"], key)]
-        panels += _by_machine(title, held, partial(_held, key=key))
+        panels += _by_machine(title, held, cells, partial(_held, key=key))
     return panels
 
 
