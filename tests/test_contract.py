@@ -2,7 +2,6 @@
 
 import copy
 import io
-import os
 import pickle
 
 import pytest
@@ -379,25 +378,3 @@ def test_without_gradients(mode, training):
         for block in blocks:
             results.append({"out": block(x.to(block.conv1.weight.dtype)), **dict(block.named_buffers())})
     assert_all_as_exact(*results)
-
-
-def ddp_worker(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    blocks = three("basic")
-    torch.manual_seed(rank)
-    wrapped = {id(b): nn.parallel.DistributedDataParallel(b) for b in blocks}
-    x = image(blocks[0])
-    assert_as_stock(blocks, x, lambda b: wrapped[id(b)])
-    fused = wrapped[id(blocks[0])]
-    (fused(x).sum() + fused(x + 1).sum()).backward()  # the second call broadcasts running statistics in between
-    mean = blocks[0].conv1.weight.grad.clone()
-    torch.distributed.all_reduce(mean)
-    torch.testing.assert_close(mean / 2, blocks[0].conv1.weight.grad)
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads now and then abort an interpreter that exits in its own time
-
-
-def test_distributed_data_parallel(tmp_path):
-    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path),), nprocs=2)

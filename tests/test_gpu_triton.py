@@ -73,14 +73,19 @@ def test_large_reductions_have_one_order(dtype):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_beyond_two_billion_elements():
+def two_billion_elements():
+    """An image in bfloat16, and a batch of more than 2^31 elements that repeats it."""
     shape = (2**31 // (64 * 256 * 256) + 1, 64, 256, 256)
     size = 2 * torch.Size(shape).numel()
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 3 * size:
         pytest.skip(f"needs {3 * size / 1e9:.0f} GB of free GPU memory")
     first = image((1, *shape[1:]), torch.bfloat16, "channels_last")
-    big = torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last).copy_(first)
+    return first, torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last).copy_(first)
+
+
+def test_beyond_two_billion_elements():
+    first, big = two_billion_elements()
     out, expected = (functional.add_relu(t, t, backend="triton") for t in (big, first))
     assert all(torch.equal(part, expected.expand_as(part)) for part in out.split(64))
     torch.testing.assert_close(

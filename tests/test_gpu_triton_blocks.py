@@ -7,6 +7,7 @@ import pytest
 import torch
 from numerics import GRADIENT_MARGIN, assert_all_as_exact, image, judged, step
 from test_cuda_dispatch import Calls
+from test_gpu_triton import two_billion_elements
 from torch import nn
 
 import resfuse
@@ -122,10 +123,4 @@ def check_every_image_is_the_first(big):
 
 
 def test_a_convolution_beyond_two_billion_elements():
-    shape = (2**31 // (64 * 256 * 256) + 1, 64, 256, 256)
-    size = 2 * torch.Size(shape).numel()
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < 3 * size:
-        pytest.skip(f"needs {3 * size / 1e9:.0f} GB of free GPU memory")
-    first = image((1, *shape[1:]), torch.bfloat16, "channels_last")
-    check_every_image_is_the_first(torch.empty(shape, dtype=torch.bfloat16, memory_format=LAST).copy_(first))
+    check_every_image_is_the_first(two_billion_elements()[1])
