@@ -236,10 +236,8 @@ class FusedBlock:
 
     def _closing_layers(self, downsample: Any) -> dict[str, tuple[Conv2dParameters, BatchNorm2dParameters]]:
         """The layers of a chain that closes with its last one and this shortcut."""
-        layers, projection = (
-            {self.parts_of(self).convs[-1]: self._fused_layers()[-1]},
-            projection_parameters(downsample),
-        )
+        layers = {self.parts_of(self).convs[-1]: self._fused_layers()[-1]}
+        projection = projection_parameters(downsample)
         return layers if projection is None else {**layers, "downsample.0": projection}
 
     def __prepare_scriptable__(self) -> nn.Module:
