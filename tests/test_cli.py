@@ -161,7 +161,7 @@ def test_units_are_measured_shown_and_kept(quick, tmp_path):
 @needs_native
 @pytest.mark.parametrize("shape", [None, (1, 64, 3, 3)], ids=["of-a-network", "given"])
 def test_as_many_rows_as_announced(quick, shape):
-    plan = units.Plan.chosen(quick=True, shape=shape, model="resnet18", size=64, batch=2, rounds=1)
+    plan = units.Plan.chosen(quick=True, shape=shape, model="resnet18", size=64, batch=1, rounds=1)
     assert sum(1 for _ in units.run(plan, {})) == units.count(plan)
 
 
