@@ -75,6 +75,7 @@ class Plan:
 def check(network: str, dtype: str, device: str = "cpu") -> str | None:
     """Refuse a fused network whose training step, outputs or gradients, is less exact than the bound allows.
 
+    float32 gradients that break it on one batch are judged by the medians of five, see :mod:`resfuse.bench.parity`.
     Where gradients prove nothing, because stock's are that inexact, its blocks are judged one by one too.
 
     Returns:
