@@ -18,8 +18,10 @@ _UNITS = frozenset({"add_relu", "moments", "finalize", "scale_shift_act", "bn_ac
 
 
 # From here on tile kernels win over torch's convolutions and passes around them, by measurement: narrower ones leave
-# lanes of the register tile empty.
-_TILE_CHANNELS = {torch.float32: 64, torch.bfloat16: 32}
+# lanes of the register tile empty. AVX2's tiles are narrower than AVX-512's.
+_TILE_CHANNELS = (
+    {torch.float32: 64, torch.bfloat16: 32} if ops.tile_lanes == 16 else {torch.float32: 16, torch.bfloat16: 16}
+)
 # The same for the channels of one group, by measurement: sixteen lanes read the channels of all groups that they belong
 # to, so of a depthwise convolution's multiply-adds fifteen in sixteen meet zeros.
 _TILE_GROUP_CHANNELS = {torch.float32: 2, torch.bfloat16: 2}

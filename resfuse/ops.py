@@ -57,7 +57,7 @@ SCHEMAS = (
     "scale_shift_relu_maxpool_backward_apply_(Tensor grad_out, Tensor indices, Tensor(a!) x, Tensor scale, "
     "Tensor shift, Tensor mean, Tensor? grad_mean, Tensor? grad_var, int[2] kernel_size, int[2] stride, "
     "int[2] padding) -> ()",
-    "tile_kernels(Tensor like) -> int",
+    "tile_kernels(Tensor like) -> (int, int)",
     "conv_stats(Tensor x, Tensor? affine, Tensor? mean, Tensor weight, bool relu, int[2] stride, "
     "int[2] padding, int[2] dilation, int groups, bool moments) -> (Tensor y, Tensor y_mean, Tensor y_var)",
     "conv_stats_backward(Tensor grad_y, Tensor? y, Tensor? y_affine, Tensor? y_mean, Tensor? grad_mean, "
@@ -185,7 +185,7 @@ def _fake_expand_weight(grad_out: Tensor, out: Any, x: Tensor, *_: Any) -> tuple
 
 
 def _fake_pack_weight(weight: Tensor, groups: int) -> Tensor:
-    """Strips of 32 lanes, or of 16 where that makes the window of channels that the groups of a strip read shorter."""
+    """Strips of two vectors, or of one where that makes the window of channels that a strip's groups read shorter."""
     lanes, depth, *kernel = weight.shape
     own, unit = lanes // groups, 4 // weight.dtype.itemsize
 
@@ -193,7 +193,7 @@ def _fake_pack_weight(weight: Tensor, groups: int) -> Tensor:
         windows = [(i // own * depth, ((min(i + width, lanes) - 1) // own + 1) * depth) for i in range(0, lanes, width)]
         return max(-(-end // unit) - begin // unit for begin, end in windows), len(windows) * width
 
-    units, width = min((strips(32), strips(16)), key=lambda form: form[0])
+    units, width = min((strips(2 * tile_lanes), strips(tile_lanes)), key=lambda form: form[0])
     return weight.new_empty(units * width * unit * kernel[0] * kernel[1])
 
 
@@ -219,7 +219,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scale_shift_relu_maxpool_backward_reduce": lambda grad_out, indices, x, *_: _vector(x, 2, x.shape[1]),
     "scale_shift_relu_maxpool_backward_apply": lambda grad_out, indices, x, *_: torch.empty_like(x),
     "scale_shift_relu_maxpool_backward_apply_": lambda *_: None,
-    "tile_kernels": lambda like: 0,
+    "tile_kernels": lambda like: (0, 0),
     "conv_stats": _fake_conv_stats,
     "conv_stats_backward": _fake_conv_stats_backward,
     "conv_stats_backward_": _fake_conv_stats_backward_,
@@ -328,14 +328,18 @@ scale_shift_relu_maxpool_backward_reduce = _ops.scale_shift_relu_maxpool_backwar
 scale_shift_relu_maxpool_backward_apply = _ops.scale_shift_relu_maxpool_backward_apply.default
 scale_shift_relu_maxpool_backward_apply_ = _ops.scale_shift_relu_maxpool_backward_apply_.default
 tile_kernels = _ops.tile_kernels.default
+_sizes = {
+    dtype: (0, 0) if missing_native["cpu"] else tile_kernels(torch.empty(0, dtype=dtype, device="cpu"))
+    for dtype in (torch.float32, torch.bfloat16)
+}
 # The dtypes for which this machine has tile kernels, convolutions with a prologue and an epilogue, and what those
 # multiply: without AVX512_BF16, bfloat16 as float32.
 tile_operands: dict[torch.dtype, torch.dtype] = {
-    dtype: dtype if size == dtype.itemsize else torch.float32
-    for dtype in (torch.float32, torch.bfloat16)
-    if missing_native["cpu"] is None and (size := tile_kernels(torch.empty(0, dtype=dtype, device="cpu")))
+    dtype: dtype if size == dtype.itemsize else torch.float32 for dtype, (size, _) in _sizes.items() if size
 }
 tile_dtypes = frozenset(tile_operands)
+# The channels of a vector: 16 of AVX-512, 8 of AVX2; 0 where there are no tile kernels.
+tile_lanes: int = _sizes[torch.float32][1]
 conv_stats = _ops.conv_stats.default
 conv_stats_backward = _ops.conv_stats_backward.default
 conv_stats_backward_ = _ops.conv_stats_backward_.default

@@ -50,7 +50,7 @@ def test_a_unit_that_ends_in_its_sum(depth, shortcut, layout, folded, training):
     check(unit, x, residual)
 
 
-@pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+@pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 def test_a_plain_chain_keeps_nothing_activated_but_its_output():
     unit, x = Chain(3, 20, 20), leaf(image((3, 20, 8, 8), layout="channels_last"))
     assert kept_images(lambda: unit.fused(functional, x)) == [20] * 4  # x and what each convolution wrote

@@ -143,7 +143,7 @@ def test_register_block_fuses_a_users_block(monkeypatch):
         resfuse.register_block(OwnBlock, models.BasicBlock)
 
 
-@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 def test_explain_says_who_convolves_and_fuse_takes_folding():
     model, x = nn.Sequential(models.Bottleneck(16, 4)), torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
     for folding, how in (
@@ -163,7 +163,7 @@ def test_explain_says_who_convolves_and_fuse_takes_folding():
     assert not [name for name in model[0].__dict__ if "resfuse" in name]
 
 
-@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 def test_explain_says_which_convolutions_fold_and_from_how_many_pixels_on():
     network = resfuse.fuse(models.resnet50())
     by_name = {block.name: block.convolutions for block in resfuse.explain(network).blocks}
@@ -177,7 +177,7 @@ def test_explain_says_which_convolutions_fold_and_from_how_many_pixels_on():
         assert network.train().layer1[1](x).grad_fn.name().startswith("Expand") == folds
 
 
-@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 @pytest.mark.parametrize("unit", ["relu_only_preact", "relu_before_add", "full_preact"])
 def test_explain_says_what_of_a_unit_folds(unit):
     order = models.units.ORDERS[unit]
@@ -195,7 +195,7 @@ def test_explain_says_what_of_a_unit_folds(unit):
     )
 
 
-@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 def test_explain_counts_the_stretches_of_a_long_block(monkeypatch):
     monkeypatch.setattr(backends, "_TILE_CHANNELS", dict.fromkeys(ops.tile_dtypes, 64))
     model = resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1)))
@@ -210,7 +210,7 @@ def test_explain_counts_the_stretches_of_a_long_block(monkeypatch):
     }
 
 
-@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 def test_explain_says_why_a_grouped_convolution_stays_torchs(monkeypatch):
     monkeypatch.setattr(backends, "_TILE_GROUP_CHANNELS", {torch.float32: 3})
     model = nn.Sequential(*(models.Bottleneck(16, 4, groups=g, base_width=64 * 3 // g) for g in (4, 6)))
@@ -220,7 +220,7 @@ def test_explain_says_why_a_grouped_convolution_stays_torchs(monkeypatch):
     assert second.convolutions == "torch: torch is faster below 3 channels per group in torch.float32, here 2"
 
 
-@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+@pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 def test_explain_under_autocast_speaks_of_its_dtype(monkeypatch):
     monkeypatch.setattr(backends, "_TILE_CHANNELS", {torch.float32: 8, torch.bfloat16: 32})
     model = resfuse.fuse(nn.Sequential(models.Bottleneck(64, 16)))

@@ -13,7 +13,7 @@ from torch import nn
 import resfuse
 from resfuse import models, ops, reference
 
-pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 
 
 class Bottleneck(Unit):

@@ -11,7 +11,7 @@ from torch.library import opcheck
 from resfuse import backends, ops
 from resfuse.nn import ConvBNAct2d
 
-pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 MEASURED = backends._TILE_GROUP_CHANNELS
 
 

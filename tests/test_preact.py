@@ -17,7 +17,7 @@ from resfuse.nn import batch_norm_parameters, conv_parameters
 
 LAST = torch.channels_last
 PATHS = ["tiles", "passes"]  # convolutions by tile kernels, or torch's between passes
-needs_tiles = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+needs_tiles = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def path(request, monkeypatch):
     if request.param == "passes":
         monkeypatch.setattr(backends, "_TILE_CHANNELS", dict.fromkeys(ops.tile_dtypes, 10**6))
     elif not ops.tile_dtypes:
-        pytest.skip("this processor has no tile kernels (AVX-512)")
+        pytest.skip("this processor has no tile kernels (AVX-512 or AVX2)")
     return request.param
 
 

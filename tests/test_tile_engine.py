@@ -302,7 +302,9 @@ def test_kernels_refuse_what_they_cannot_read():
         ops.run_plan(inputs, [c[:-1] for c in constants], data, sizes)
     with pytest.raises(RuntimeError, match="sizes"):
         ops.run_plan(inputs, constants, data, [*sizes[:-1], 7])
-    for length in (0, 4, len(data) - 1):
+    with pytest.raises(RuntimeError, match=r"vectors of 4 channels .* fold the network here"):
+        ops.run_plan(inputs, constants, [4, *data[1:]], sizes)
+    for length in (0, 5, len(data) - 1):
         with pytest.raises(RuntimeError, match="resfuse"):
             ops.run_plan(inputs, constants, data[:length], sizes)
 

@@ -12,7 +12,7 @@ from resfuse import autograd_conv, ops, raw, reference
 from resfuse.nn import batch_norm_parameters, conv_parameters
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 
-pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)")
+pytestmark = pytest.mark.skipif(not ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 
 DTYPES = pytest.mark.parametrize("dtype", sorted(ops.tile_dtypes, key=str), ids=str)
 LAST = torch.channels_last

@@ -9,7 +9,7 @@ from test_tiles import operands
 from resfuse import ops
 
 pytestmark = pytest.mark.skipif(
-    torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512)"
+    torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)"
 )
 LAST = torch.channels_last
 

@@ -7,7 +7,7 @@
 #include "tiles/convolution.h"
 #include "tiles/epilogue.h"
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
@@ -29,7 +29,7 @@ struct JoinedProduct {
   const Branch<T, W>& branch;
   const Plan plan, second;
   const int64_t step, second_step, second_begin;  // units between pixels of either patch; where the second patch begins
-  const Slabs512 slabs;
+  const TileSlabs slabs;
 
   JoinedProduct(const ConvShape& first, const Branch<T, W>& other)
       : shape(first),
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_act(const Tensor& x, const OptionalTenso
         second,
         {input_pointer<T>(branch), second.in_channels, nullptr, nullptr, false},
         {input_pointer<W>(branch_weight), second.out_channels, second.in_channels, second.in_channels, 1, nullptr}};
-    const auto run = [&](const auto& product, const Plan& plan, const Slabs512& slabs) {
+    const auto run = [&](const auto& product, const Plan& plan, const TileSlabs& slabs) {
       OutputMoments found(plan, slabs, moments);
       const ResidualAct<T> epilogue{output_pointer<T>(out),
                                     shape.out_channels,
@@ -134,6 +134,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_act(const Tensor& x, const OptionalTenso
   return {out, out_mean, out_var};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) { m.impl("conv_act", TORCH_BOX(&conv_act)); }
+STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
+  if (!isa_runs()) return;
+  m.impl("conv_act", TORCH_BOX(&conv_act));
+}
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA

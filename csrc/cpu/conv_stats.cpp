@@ -5,7 +5,7 @@
 #include "tiles/convolution.h"
 #include "tiles/epilogue.h"
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
@@ -44,15 +44,21 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const OptionalTen
   return {y, y_mean, y_var};
 }
 
-// The bytes of a value as tile kernels multiply it, for activations like this one; 0 where there are none.
-int64_t tile_kernels(const Tensor& like) {
-  if (!tiles_support(like.scalar_type())) return 0;
-  return tiles_multiply(like.scalar_type()) ? static_cast<int64_t>(like.element_size()) : 4;
+// The bytes of a value as tile kernels multiply it, for activations like this one, and the lanes of a vector; zeros
+// where there are no such kernels.
+std::tuple<int64_t, int64_t> tile_kernels(const Tensor& like) {
+#if RESFUSE_HAS_TILES
+  if (tiles_support(like.scalar_type()))
+    return {tiles_multiply(like.scalar_type()) ? static_cast<int64_t>(like.element_size()) : 4, kLanes};
+#endif
+  (void)like;
+  return {0, 0};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
+  if (!isa_runs()) return;
   m.impl("conv_stats", TORCH_BOX(&conv_stats));
   m.impl("tile_kernels", TORCH_BOX(&tile_kernels));
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA

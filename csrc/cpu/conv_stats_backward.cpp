@@ -7,7 +7,7 @@
 #include "tiles/convolution.h"
 #include "tiles/winograd_gradient.h"
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
@@ -141,8 +141,9 @@ std::tuple<Tensor, Tensor> conv_stats_backward_(const Tensor& grad_y, const Opti
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
+  if (!isa_runs()) return;
   m.impl("conv_stats_backward", TORCH_BOX(&conv_stats_backward));
   m.impl("conv_stats_backward_", TORCH_BOX(&conv_stats_backward_));
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA

@@ -8,7 +8,7 @@
 #include "tiles/operands.h"
 #include "tiles/weight_gradient.h"
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
@@ -46,7 +46,7 @@ void expand_input_tiles(const ConvShape& shape, const T* dz, const Activation<T>
   pack_appended<T>(WeightView<float>{correction, channels, channels, 1, channels, nullptr}, taps, a_weight, packed);
   pack_appended<T>(WeightView<float>{constant.rows.data(), channels, kUnit<T>, 1, channels, nullptr}, taps,
                    constant_weight, packed);
-  const Slabs512 slabs(plan.tiles(), ceil_div(shape.in_channels, kPanel));
+  const TileSlabs slabs(plan.tiles(), ceil_div(shape.in_channels, kPanel));
   SlabSums sums(sums_out == nullptr ? 0 : slabs.slabs, shape.in_channels, 2);
   epilogue.sums = &sums;
   const OutputGradient<T> grad{dz, nullptr, shape.out_channels, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -131,8 +131,9 @@ std::tuple<Tensor, Tensor> expand_bn_act_backward_input(const Tensor& dz, const 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
+  if (!isa_runs()) return;
   m.impl("expand_bn_act_backward_weight", TORCH_BOX(&expand_bn_act_backward_weight));
   m.impl("expand_bn_act_backward_input", TORCH_BOX(&expand_bn_act_backward_input));
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA

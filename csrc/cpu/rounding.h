@@ -28,7 +28,7 @@ RESFUSE_TILES_BEGIN
 // Thirty-two values.
 RESFUSE_LANES void round_pair(const float* from, BFloat16* to) {
   constexpr int kSubnormal = 0x20;
-  const Lanes512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + kLanes);
+  const Lanes low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + kLanes);
   if ((_mm512_fpclass_ps_mask(low, kSubnormal) | _mm512_fpclass_ps_mask(high, kSubnormal)) != 0)
     return round_one_by_one(from, to, 2 * kLanes);
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));

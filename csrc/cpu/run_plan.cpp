@@ -7,7 +7,7 @@
 #include "serving/program.h"
 #include "serving/winograd.h"
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 using Tensors = std::vector<Tensor>;
 
@@ -88,7 +88,7 @@ class Execution {
   }
 
   const float* vector(int64_t index, int64_t channels) const {
-    return input_pointer<float>(constant(index, ScalarType::Float, round_up(channels, kPanel)));
+    return input_pointer<float>(constant(index, ScalarType::Float, round_up(channels, kStoredLanes)));
   }
 
   const unit_t<T>* weight(int64_t index, int64_t units) const {
@@ -217,15 +217,17 @@ Tensors run_plan(const Tensors& inputs, const Tensors& constants, const std::vec
   program.check(x.element_size());
   Tensors outputs = new_outputs(program, x, sizes);
 #if RESFUSE_HAS_TILES
-  if (x.scalar_type() == ScalarType::Float) {
-    Execution<float>(program, inputs, constants, outputs).run();
-  } else {
-    Execution<BFloat16>(program, inputs, constants, outputs).run();
-  }
+  STD_TORCH_CHECK(program.lanes == kLanes, "resfuse: weights packed for vectors of ", program.lanes,
+                  " channels do not serve a processor that has vectors of ", kLanes, ": fold the network here");
+  with_multiplied_type(x.scalar_type(),
+                       [&](auto tag) { Execution<decltype(tag)>(program, inputs, constants, outputs).run(); });
 #endif
   return outputs;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) { m.impl("run_plan", TORCH_BOX(&run_plan)); }
+STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
+  if (!isa_runs()) return;
+  m.impl("run_plan", TORCH_BOX(&run_plan));
+}
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA

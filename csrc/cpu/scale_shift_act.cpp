@@ -48,7 +48,7 @@ void pass_with_moments(const Geometry& g, const std::array<const acc_t<T>*, 4>& 
                        acc_t<T>* mean, acc_t<T>* var) {
   const int64_t repeat = g.channels_last ? pixels_per_row(g.channels) : std::min(g.pixels, kPlaneLanes);
   const int64_t channels = g.channels_last ? g.channels : 1;
-  const Lanes<acc_t<T>, 4> shared(vectors, g.channels, g.channels_last ? repeat : 1);
+  const LaneVectors<acc_t<T>, 4> shared(vectors, g.channels, g.channels_last ? repeat : 1);
   moments_of<T>(g, pass.out, mean, var, [&](int64_t offset, int64_t pixels, int64_t c) {
     const PlaneLanes<acc_t<T>, 4> plane(vectors, c, g.channels_last ? 0 : repeat);
     const auto& lanes = g.channels_last ? shared.pointers() : plane.pointers;

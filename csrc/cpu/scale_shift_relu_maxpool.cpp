@@ -151,7 +151,7 @@ struct Forward {
   void run(const Geometry& g, const std::array<const A*, 2>& vectors) const {
     const int64_t images = g.channels_last ? g.batch : g.batch * g.channels;
     const int64_t repeat = g.channels_last ? pixels_per_row(g.channels) : std::min(ring.used, kPlaneLanes);
-    const Lanes<A, 2> shared(vectors, g.channels, g.channels_last ? repeat : 1);
+    const LaneVectors<A, 2> shared(vectors, g.channels, g.channels_last ? repeat : 1);
     const int64_t height = windows.vertical.count(), pieces = ceil_div(height, kPoolRows);
     parallel_tasks(images * pieces, g.numel(), [&](int64_t task) {
       const int64_t image = task / pieces, begin = task % pieces * kPoolRows;

@@ -5,7 +5,7 @@
 // sum in float would lose (mean/std)^2 digits. Only blocks on and above the diagonal are computed.
 #include "tiles/weight_gradient.h"
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
@@ -24,14 +24,13 @@ template <class T>
 void find_pivot(const ConvShape& shape, const Activation<T>& source, int64_t pixels, float* pivot) {
   const int64_t count = std::min(pixels, kPivotPixels);
   for (int64_t c = 0; c < source.channels; c += kLanes) {
-    Lanes512 sum = _mm512_setzero_ps();
+    Lanes sum = zero_lanes();
     for (int64_t i = 0; i < count; ++i) {
       const int64_t pixel = pixel_read(shape, i * pixels / count);
-      sum = _mm512_add_ps(sum, source.scale == nullptr
-                                   ? widened(source.template get<false>(pixel, c, lane_mask(c, source.channels)))
-                                   : widened(source.template get<true>(pixel, c, lane_mask(c, source.channels))));
+      sum += (source.scale == nullptr ? widened(source.template get<false>(pixel, c, lane_mask(c, source.channels)))
+                                      : widened(source.template get<true>(pixel, c, lane_mask(c, source.channels))));
     }
-    store_lanes(pivot + c, round_lanes<T>(_mm512_div_ps(sum, _mm512_set1_ps(static_cast<float>(count)))));
+    store_lanes(pivot + c, round_lanes<T>(sum / broadcast_lanes(static_cast<float>(count))));
   }
 }
 
@@ -89,6 +88,9 @@ std::tuple<Tensor, Tensor> second_moments(const Tensor& x, const OptionalTensor&
   return {means, covariance};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) { m.impl("second_moments", TORCH_BOX(&second_moments)); }
+STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
+  if (!isa_runs()) return;
+  m.impl("second_moments", TORCH_BOX(&second_moments));
+}
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA

@@ -55,9 +55,9 @@ void parallel_tasks(int64_t tasks, int64_t elements, const F& f) {
 
 // K coefficient vectors, laid out for rows of `repeat` pixels. Absent vectors stay null.
 template <class A, int K>
-class Lanes {
+class LaneVectors {
  public:
-  Lanes(const std::array<const A*, K>& vectors, int64_t channels, int64_t repeat)
+  LaneVectors(const std::array<const A*, K>& vectors, int64_t channels, int64_t repeat)
       : storage_(repeat > 1 ? K * repeat * channels : 0) {
     for (int k = 0; k < K; ++k) {
       pointers_[k] = vectors[k];
@@ -114,7 +114,7 @@ void for_each_block(const Geometry& g, const std::array<const A*, K>& vectors, c
   if (g.numel() == 0) return;
   if (g.channels_last) {
     const int64_t repeat = pixels_per_row(g.channels);
-    const Lanes<A, K> lanes(vectors, g.channels, repeat);
+    const LaneVectors<A, K> lanes(vectors, g.channels, repeat);
     const int64_t step = repeat * std::max<int64_t>(1, kTaskElements / (repeat * g.channels));
     parallel_tasks(ceil_div(g.rows(), step), g.numel(), [&](int64_t task) {
       const int64_t begin = task * step, pixels = std::min(step, g.rows() - begin);
@@ -172,7 +172,7 @@ void reduce_blocks(const Geometry& g, int64_t element_size, const std::array<con
   const int64_t planes = g.channels_last ? 1 : g.channels;
   const int64_t repeat = g.channels_last ? pixels_per_row(g.channels) : std::min(g.pixels, kPlaneLanes);
   const int64_t width = repeat * channels;
-  const Lanes<A, K> shared(vectors, g.channels, g.channels_last ? repeat : 1);
+  const LaneVectors<A, K> shared(vectors, g.channels, g.channels_last ? repeat : 1);
   Scratch<double> partial(slabs.count * S * g.channels);
 
   parallel_tasks(slabs.count * planes, g.numel(), [&](int64_t task) {

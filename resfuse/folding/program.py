@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from enum import IntEnum
 
+from resfuse import ops
+
 Pair = tuple[int, int]
 
 PANEL = 32
-"""Output channels that a tile kernel writes at once: vectors of parameters and pixels are padded to it."""
+"""Most output channels that a tile kernel writes at once: vectors of parameters and pixels are padded to it."""
 _LINE = 64  # bytes of a cache line
 _SLACK = 128  # bytes after every value, which a vector may read
 _ONE, _NONE = (1, 1), (0, 0)
@@ -116,7 +118,7 @@ def encode(
         list[int]: the program.
     """
     size = _place(values, chunks, steps, element_size)
-    data = [images, size, len(values), len(chunks), len(steps)]
+    data = [ops.tile_lanes, images, size, len(values), len(chunks), len(steps)]
     for rows in (map(astuple, values), map(astuple, chunks), map(astuple, steps)):
         for row in rows:
             data += _flat(row)

@@ -12,7 +12,7 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kInputBytes = 256 << 10;   // of a block's input: it is read once for each strip, from L2
 constexpr int64_t kWeightBytes = 256 << 10;  // weights that stay in L2 themselves: then blocks are small,
@@ -167,7 +167,7 @@ void run_convolution(const DirectConvolution<T>& c, int64_t images) {
   });
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

@@ -1,4 +1,5 @@
-// The register tile of inference: a product of up to 14 pixels with 32 channels that is finished before it is stored.
+// The register tile of inference: a product of some pixels with a panel of channels that is finished before it is
+// stored.
 //
 //   out = act(bias + sum over taps and input channels of a[pixel][k] * b[k][lane] + residual)
 // Units and panels are microkernel.h's. The k of a second activation, a projection shortcut's, may follow those of the
@@ -11,7 +12,7 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 // A run of consecutive units that a pixel reads, `offset` after its first.
 struct Run {
@@ -52,9 +53,9 @@ RESFUSE_LANES void prefetch_pixel(const T* at) {
 template <class T, int V, int R>
 __attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands)[2], const unit_t<T>* b,
                                              const Finish<T>& to) {
-  Lanes512 sum[R][V];
+  Lanes sum[R][V];
   for (int v = 0; v < V; ++v) {
-    const Lanes512 bias = load_lanes(to.bias + v * kLanes);
+    const Lanes bias = load_lanes(to.bias + v * kLanes);
     for (int r = 0; r < R; ++r) sum[r][v] = bias;
   }
   for (int r = 0; r < R; ++r) {
@@ -77,8 +78,7 @@ __attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands
   }
   if (to.residual != nullptr)
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v)
-        sum[r][v] = _mm512_add_ps(sum[r][v], load_lanes(to.residual + r * to.residual_step + v * kLanes));
+      for (int v = 0; v < V; ++v) sum[r][v] += load_lanes(to.residual + r * to.residual_step + v * kLanes);
   if (to.relu)
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) sum[r][v] = relu_lanes(sum[r][v]);
@@ -94,8 +94,8 @@ constexpr std::array<FinishPixels<T>, sizeof...(R)> finish_table(std::index_sequ
   return {&finish_pixels<T, V, static_cast<int>(R) + 1>...};
 }
 
-// A line of `pixels` pixels, in groups as equal as their number allows; `lanes` is 32 or 16. Between groups some of the
-// memory is asked for that `next` names.
+// A line of `pixels` pixels, in groups as equal as their number allows; `lanes` is a panel's or half of them. Between
+// groups some of the memory is asked for that `next` names.
 template <class T>
 void finish_line(const Operand<unit_t<T>>& first, const Operand<unit_t<T>>& second, int64_t pixels, const unit_t<T>* b,
                  int64_t lanes, Finish<T> to, Prefetcher& next) {
@@ -114,7 +114,7 @@ void finish_line(const Operand<unit_t<T>>& first, const Operand<unit_t<T>>& seco
   }
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

@@ -1,4 +1,4 @@
-// Pools and maps from image to image, sixteen channels at once; and a convolution whose output only a pool reads.
+// Pools and maps from image to image, a vector of channels at once; and a convolution whose output only a pool reads.
 #pragma once
 
 #include <limits>
@@ -8,18 +8,11 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 struct Window {
   int64_t kernel[2], stride[2], padding[2];
 };
-
-// The greater of two, or NaN.
-RESFUSE_LANES Lanes512 max_lanes(Lanes512 most, Lanes512 value) {
-  const LaneMask wins = static_cast<LaneMask>(_mm512_cmp_ps_mask(value, most, _CMP_GT_OQ) |
-                                              _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q));
-  return _mm512_mask_mov_ps(most, wins, value);
-}
 
 // One row of a max pool; padding never wins. `in` holds rows from `origin` on of a map of `height` rows.
 template <class T>
@@ -32,10 +25,10 @@ void pool_row(const Image<T>& in, int64_t in_image, int64_t origin, int64_t heig
     const int64_t begin = std::max<int64_t>(left, 0), end = std::min(left + window.kernel[1], in.width);
     T* to = out.row(image, row) + column * out.pixel_step;
     for (int64_t c = 0; c < out.channels; c += kLanes) {
-      Lanes512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+      Lanes most = broadcast_lanes(-std::numeric_limits<float>::infinity());
       for (int64_t i = first; i < last; ++i) {
         const T* from = in.row(in_image, i - origin) + begin * in.pixel_step + c;
-        for (int64_t j = begin; j < end; ++j, from += in.pixel_step) most = max_lanes(most, load_lanes(from));
+        for (int64_t j = begin; j < end; ++j, from += in.pixel_step) most = max_or_nan(most, load_lanes(from));
       }
       store_lanes(to + c, most);
     }
@@ -57,14 +50,13 @@ void run_global_pool(const Image<T>& in, const Image<T>& out, int64_t images) {
   const int64_t vectors = ceil_div(in.channels, kLanes);
   parallel_tasks(images * vectors, images * in.height * in.width * in.channels, [&](int64_t task) {
     const int64_t image = task / vectors, c = task % vectors * kLanes;
-    Lanes512 sum = _mm512_setzero_ps();
+    Lanes sum = zero_lanes();
     for (int64_t i = 0; i < in.height; ++i) {  // a sum of short sums rounds less than one long one
-      Lanes512 row = _mm512_setzero_ps();
-      for (int64_t j = 0; j < in.width; ++j)
-        row = _mm512_add_ps(row, load_lanes(in.row(image, i) + j * in.pixel_step + c));
-      sum = _mm512_add_ps(sum, row);
+      Lanes row = zero_lanes();
+      for (int64_t j = 0; j < in.width; ++j) row += load_lanes(in.row(image, i) + j * in.pixel_step + c);
+      sum += row;
     }
-    store_lanes(out.row(image, 0) + c, _mm512_div_ps(sum, _mm512_set1_ps(pixels)));
+    store_lanes(out.row(image, 0) + c, sum / broadcast_lanes(pixels));
     if (c == 0) clear_halo(out, image, 0, 1);
   });
 }
@@ -80,9 +72,9 @@ void run_map(const Image<T>& in, const Image<T>& residual, const float* scale, c
       const T* r = residual.data == nullptr ? nullptr : residual.row(image, row) + j * residual.pixel_step;
       T* to = out.row(image, row) + j * out.pixel_step;
       for (int64_t c = 0; c < out.channels; c += kLanes) {
-        Lanes512 z = load_lanes(x + c);
-        if (scale != nullptr) z = _mm512_fmadd_ps(z, load_lanes(scale + c), load_lanes(shift + c));
-        if (r != nullptr) z = _mm512_add_ps(z, load_lanes(r + c));
+        Lanes z = load_lanes(x + c);
+        if (scale != nullptr) z = multiply_add(z, load_lanes(scale + c), load_lanes(shift + c));
+        if (r != nullptr) z += load_lanes(r + c);
         store_lanes(to + c, relu ? relu_lanes(z) : z);
       }
     }
@@ -120,7 +112,7 @@ void run_convolution_pool(DirectConvolution<T> c, int64_t height, int64_t width,
   });
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

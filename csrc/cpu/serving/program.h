@@ -12,6 +12,9 @@
 
 namespace resfuse::cpu {
 
+// values of a pixel, and of a vector of constants, come in such numbers: a panel of the widest instruction set
+constexpr int64_t kStoredLanes = 32;
+
 enum class StepKind : int64_t { kLoad, kStore, kConvolution, kWinograd, kConvolutionPool, kMaxPool, kGlobalPool, kMap };
 
 // An activation in the arena. A local one holds the images of one chunk only.
@@ -45,22 +48,24 @@ constexpr int64_t kSlackBytes = 128;         // after every value: what a vector
 constexpr int64_t kMost = int64_t{1} << 30;  // of a step's numbers, so that no product of two leaves int64
 
 struct Program {
+  int64_t lanes = 0;  // of the vectors that its weights were packed for
   int64_t images = 0, arena_bytes = 0;
   std::vector<ValueFields> values;
   std::vector<ChunkFields> chunks;
   std::vector<StepFields> steps;
 
   explicit Program(const std::vector<int64_t>& data) {
-    STD_TORCH_CHECK(data.size() >= 5, "resfuse: a program begins with five sizes");
-    images = data[0];
-    arena_bytes = data[1];
-    const int64_t* at = data.data() + 5;
+    STD_TORCH_CHECK(data.size() >= 6, "resfuse: a program begins with six sizes");
+    lanes = data[0];
+    images = data[1];
+    arena_bytes = data[2];
+    const int64_t* at = data.data() + 6;
     const int64_t* end = data.data() + data.size();
-    at = read(at, end, data[2], values);
-    at = read(at, end, data[3], chunks);
+    at = read(at, end, data[3], values);
+    at = read(at, end, data[4], chunks);
     for (const int64_t* number = at; number < end; ++number)
       STD_TORCH_CHECK(*number >= -kMost && *number <= kMost, "resfuse: no step has a number as large as ", *number);
-    at = read(at, end, data[4], steps);
+    at = read(at, end, data[5], steps);
     STD_TORCH_CHECK(at == end, "resfuse: a program ends with its last step");
     STD_TORCH_CHECK(images > 0 && arena_bytes >= 0, "resfuse: a program needs images and an arena");
   }
@@ -184,8 +189,6 @@ struct Program {
                         (s.kernel[1] == 1 || s.dilation[1] * in.pixel_step % unit == 0),
                     "resfuse: a convolution reads whole units");
   }
-
-  static constexpr int64_t kStoredLanes = 32;
 };
 
 }  // namespace resfuse::cpu

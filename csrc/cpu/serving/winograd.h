@@ -6,14 +6,14 @@
 // back, finished and stored. The matrices of a block stay in cache; a matrix of weights is read once for each block.
 #pragma once
 
+#include "../tiles/winograd.h"
 #include "direct.h"
 
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
-constexpr int64_t kPositions = 16;
 constexpr int64_t kBlockBytes = 1 << 20;  // of a block's matrices, but for wide layers, which have few pieces
 
 // The 4x4 pieces of all images, in one row.
@@ -38,7 +38,7 @@ struct Pieces {
 template <class T>
 struct Winograd {
   Image<T> in, out, residual;  // residual.data may be null
-  const unit_t<T>* weight;     // [position][panel][unit][32]
+  const unit_t<T>* weight;     // [position][panel][unit][kPanel]
   const float* bias;           // padded
   bool relu;
 
@@ -58,7 +58,7 @@ struct Winograd {
         from[i][j] = inside[i][j] ? in.row(image, top + i) + (left + j) * in.pixel_step : kZeros;
       }
     for (int64_t c = 0; c < in.channels; c += kLanes) {
-      Lanes512 d[4][4], t[4][4];
+      Lanes d[4][4], t[4][4];
       for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 4; ++j) d[i][j] = load_lanes(from[i][j] + (inside[i][j] ? c : 0));
       for (int j = 0; j < 4; ++j) spread(d[0][j], d[1][j], d[2][j], d[3][j], t[0][j], t[1][j], t[2][j], t[3][j]);
@@ -73,7 +73,7 @@ struct Winograd {
     const int64_t image = pieces.image(piece), row = pieces.row(piece), column = pieces.column(piece);
     for (int64_t half = 0; half < kPanel; half += kLanes) {
       const int64_t channel = panel * kPanel + half;
-      Lanes512 t[2][4], y[2][2];
+      Lanes t[2][4], y[2][2];
       for (int j = 0; j < 4; ++j) {
         const float* m = from + half + j * matrix;
         gather_two(load_lanes(m), load_lanes(m + 4 * matrix), load_lanes(m + 8 * matrix), load_lanes(m + 12 * matrix),
@@ -82,26 +82,24 @@ struct Winograd {
       for (int i = 0; i < 2; ++i) gather_two(t[i][0], t[i][1], t[i][2], t[i][3], y[i][0], y[i][1]);
       for (int64_t i = 0; i < 2 && row + i < out.height; ++i)
         for (int64_t j = 0; j < 2 && column + j < out.width; ++j) {
-          Lanes512 z = _mm512_add_ps(y[i][j], load_lanes(bias + channel));
+          Lanes z = y[i][j] + load_lanes(bias + channel);
           if (residual.data != nullptr)
-            z = _mm512_add_ps(z,
-                              load_lanes(residual.row(image, row + i) + (column + j) * residual.pixel_step + channel));
+            z += load_lanes(residual.row(image, row + i) + (column + j) * residual.pixel_step + channel);
           store_lanes(out.row(image, row + i) + (column + j) * out.pixel_step + channel, relu ? relu_lanes(z) : z);
         }
     }
   }
 
  private:
-  RESFUSE_LANES static void spread(Lanes512 a, Lanes512 b, Lanes512 c, Lanes512 d, Lanes512& p, Lanes512& q,
-                                   Lanes512& r, Lanes512& s) {
-    p = _mm512_sub_ps(a, c);
-    q = _mm512_add_ps(b, c);
-    r = _mm512_sub_ps(c, b);
-    s = _mm512_sub_ps(b, d);
+  RESFUSE_LANES static void spread(Lanes a, Lanes b, Lanes c, Lanes d, Lanes& p, Lanes& q, Lanes& r, Lanes& s) {
+    p = a - c;
+    q = b + c;
+    r = c - b;
+    s = b - d;
   }
-  RESFUSE_LANES static void gather_two(Lanes512 a, Lanes512 b, Lanes512 c, Lanes512 d, Lanes512& p, Lanes512& q) {
-    p = _mm512_add_ps(_mm512_add_ps(a, b), c);
-    q = _mm512_sub_ps(_mm512_sub_ps(b, c), d);
+  RESFUSE_LANES static void gather_two(Lanes a, Lanes b, Lanes c, Lanes d, Lanes& p, Lanes& q) {
+    p = a + b + c;
+    q = b - c - d;
   }
 };
 
@@ -149,7 +147,7 @@ void run_winograd(const Winograd<T>& w, int64_t images) {
     for (int64_t image = 0; image < images; ++image) clear_halo(w.out, image, 0, w.out.height);
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

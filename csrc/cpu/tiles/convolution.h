@@ -9,7 +9,7 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 // The plan comes first, since epilogues count by its tiles and slabs; then `run`, once.
 template <class T>
@@ -23,7 +23,7 @@ class Convolution {
     }
   }
   const Plan& plan() const { return blocks_ ? *blocks_ : *taps_; }
-  Slabs512 slabs() const { return blocks_ ? blocks_->slabs() : Slabs512(plan().tiles(), panels()); }
+  TileSlabs slabs() const { return blocks_ ? blocks_->slabs() : TileSlabs(plan().tiles(), panels()); }
 
   // `source` is what the product reads: the input or, backward, the output's gradient. `lane_scale` multiplies weights.
   template <class S, class W, class E>
@@ -54,7 +54,7 @@ class Convolution {
   std::optional<Plan> taps_;
 };
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

@@ -1,4 +1,4 @@
-// Epilogues: what happens to 32 channels of a tile while they are still in cache.
+// Epilogues: what happens to a panel of a tile while it is still in cache.
 //
 //   WithMoments:   y, and the mean and squared deviations of what was stored
 //   InputGradient: grad_x = da; or, through the prologue, dz = da where act was active, grad_x = dz*scale, and the sums
@@ -13,7 +13,7 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kFloatRows = 32;
 
@@ -30,23 +30,20 @@ RESFUSE_LANES void prefetch_panel(const T* image, int64_t channels, int64_t pixe
   }
 }
 
-// Moments of sixteen channels of a tile, as stored in T, merged into a slab's that has `before` pixels already.
+// Moments of a vector of channels of a tile, as stored in T, merged into a slab's that has `before` pixels already.
 template <class T>
 RESFUSE_LANES void merge_tile_lanes(const float* values, int64_t pixels, double before, double* mean, double* m2) {
-  Lanes512 center = _mm512_setzero_ps();
+  Lanes center = zero_lanes();
   const int64_t sample = (pixels + 7) / 8;
-  for (int64_t i = 0; i < sample; ++i) center = _mm512_add_ps(center, load_lanes(values + i * kPanel));
-  center = _mm512_div_ps(center, _mm512_set1_ps(static_cast<float>(sample)));
-  const LaneMask finite = _mm512_cmp_ps_mask(_mm512_sub_ps(center, center), _mm512_setzero_ps(), _CMP_EQ_OQ);
-  center = _mm512_castsi512_ps(
-      _mm512_maskz_and_epi32(finite, _mm512_castps_si512(center), _mm512_set1_epi32(int(0xfffff000u))));
+  for (int64_t i = 0; i < sample; ++i) center += load_lanes(values + i * kPanel);
+  center = coarse_lanes(center / broadcast_lanes(static_cast<float>(sample)));
   DoubleLanes first, second;
   for (int64_t begin = 0; begin < pixels; begin += kFloatRows) {
-    Lanes512 s1 = _mm512_setzero_ps(), s2 = s1;
+    Lanes s1 = zero_lanes(), s2 = s1;
     for (int64_t i = begin; i < std::min(pixels, begin + kFloatRows); ++i) {
-      const Lanes512 d = _mm512_sub_ps(round_lanes<T>(load_lanes(values + i * kPanel)), center);
-      s1 = _mm512_add_ps(s1, d);
-      s2 = _mm512_fmadd_ps(d, d, s2);
+      const Lanes d = round_lanes<T>(load_lanes(values + i * kPanel)) - center;
+      s1 += d;
+      s2 = multiply_add(d, d, s2);
     }
     first.add(s1);
     second.add(s2);
@@ -83,7 +80,7 @@ RESFUSE_LANES void store_panel(const float* values, int64_t pixels, int64_t chan
 // The moments of an output, summed while its panels are in cache. Not wanted, nothing is summed.
 class OutputMoments {
  public:
-  OutputMoments(const Plan& plan, const Slabs512& slabs, bool wanted)
+  OutputMoments(const Plan& plan, const TileSlabs& slabs, bool wanted)
       : channels_(plan.out_channels), sums_(wanted ? slabs.slabs : 0, plan.out_channels, 2) {
     for (int64_t slab = 0; slab < slabs.slabs; ++slab) {
       const Tile tile = plan.tile(slabs.first_tile(slab));
@@ -175,8 +172,8 @@ struct InputGradient {
 
  private:
   template <class M>
-  RESFUSE_LANES void finish(Lanes512 value, int64_t at, M mask) const {
-    if (other != nullptr) value = _mm512_add_ps(value, load_lanes(other + at, mask));
+  RESFUSE_LANES void finish(Lanes value, int64_t at, M mask) const {
+    if (other != nullptr) value += load_lanes(other + at, mask);
     store_lanes(grad_x + at, value, mask);
   }
 
@@ -189,18 +186,18 @@ struct InputGradient {
   template <class M>
   RESFUSE_LANES void through_prologue(int64_t slab, int64_t pixel, int64_t pixels, int64_t channel, M mask,
                                       const float* values) const {
-    const Lanes512 a = load_lanes(scale + channel), b = load_lanes(shift + channel), m = load_lanes(mean + channel);
+    const Lanes a = load_lanes(scale + channel), b = load_lanes(shift + channel), m = load_lanes(mean + channel);
     DoubleLanes first, second;
     for (int64_t begin = 0; begin < pixels; begin += kFloatRows) {
-      Lanes512 s1 = _mm512_setzero_ps(), s2 = s1;
+      Lanes s1 = zero_lanes(), s2 = s1;
       for (int64_t i = begin; i < std::min(pixels, begin + kFloatRows); ++i) {
         const int64_t at = (pixel + i) * channels + channel;
-        const Lanes512 value = load_lanes(x + at, mask);
-        Lanes512 dz = load_lanes(values + i * kPanel);
-        if (relu) dz = relu_gradient_lanes(dz, _mm512_add_ps(_mm512_mul_ps(value, a), b));
-        finish(_mm512_mul_ps(dz, a), at, mask);
-        s1 = _mm512_add_ps(s1, dz);
-        s2 = _mm512_fmadd_ps(dz, _mm512_sub_ps(value, m), s2);
+        const Lanes value = load_lanes(x + at, mask);
+        Lanes dz = load_lanes(values + i * kPanel);
+        if (relu) dz = relu_gradient_lanes(dz, value * a + b);
+        finish(dz * a, at, mask);
+        s1 += dz;
+        s2 = multiply_add(dz, value - m, s2);
       }
       first.add(s1);
       second.add(s2);
@@ -250,25 +247,23 @@ struct ResidualAct {
  private:
   template <bool kResidual, bool kRaw, class M>
   RESFUSE_LANES void write(int64_t pixel, int64_t pixels, int64_t channel, M mask, float* values) const {
-    const Lanes512 constant = load_lanes(shift + channel);
+    const Lanes constant = load_lanes(shift + channel);
     for (int64_t i = 0; i < pixels; ++i, values += kPanel) {
       const int64_t at = (pixel + i) * channels + channel;
-      Lanes512 z = _mm512_add_ps(load_lanes(values), constant);
+      Lanes z = load_lanes(values) + constant;
       if constexpr (kResidual) {
-        Lanes512 r = load_lanes(residual + at, mask);
-        if constexpr (kRaw)
-          r = _mm512_add_ps(_mm512_mul_ps(r, load_lanes(residual_scale + channel)),
-                            load_lanes(residual_shift + channel));
-        z = _mm512_add_ps(z, r);
+        Lanes r = load_lanes(residual + at, mask);
+        if constexpr (kRaw) r = r * load_lanes(residual_scale + channel) + load_lanes(residual_shift + channel);
+        z += r;
       }
-      const Lanes512 result = relu ? relu_lanes(z) : z;
+      const Lanes result = relu ? relu_lanes(z) : z;
       store_lanes(out + at, result, mask);
       if (moments.wanted()) store_lanes(values, result);
     }
   }
 };
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

@@ -1,31 +1,45 @@
-// The instructions that tile kernels are written for: AVX-512, and AVX512_BF16 for bfloat16 where a processor has it.
+// The instruction sets that tile kernels are written for: AVX-512, with AVX512_BF16 where a processor has it, and AVX2.
 //
-// Tile kernels multiply small matrices that lie in cache. They are compiled for one instruction set, chosen here, and
-// run only where `tiles_support` says so; elsewhere convolutions stay torch's and only the passes around them are ours.
-// Everything between RESFUSE_TILES_BEGIN and RESFUSE_TILES_END is compiled for it; headers of others stay outside.
+// Tile kernels multiply small matrices that lie in cache. Every file of them is compiled twice, for AVX-512 as it is
+// and for AVX2 by way of avx2.cpp, into namespaces of their own; when the library is loaded, the ops of one of the two
+// are registered, by `isa_runs`. Without either, convolutions stay torch's and only the passes around them are ours.
+// Everything between RESFUSE_TILES_BEGIN and RESFUSE_TILES_END is compiled for the set; headers of others stay outside.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define RESFUSE_HAS_TILES 1
-// GCC's own intrinsics pass undefined vectors on purpose, and GCC 12 warns about them.
-#define RESFUSE_TILES_BEGIN                                                                                \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"arch=x86-64-v4,avx512bf16,prefer-vector-width=512\")") \
-      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
-#define RESFUSE_TILES_END _Pragma("GCC pop_options")
 #else
 #define RESFUSE_HAS_TILES 0
 #endif
 
 #if RESFUSE_HAS_TILES
+// GCC's own intrinsics pass undefined vectors on purpose, and GCC 12 warns about them.
+#ifdef RESFUSE_AVX2
+#define RESFUSE_ISA avx2
+#define RESFUSE_TILES_BEGIN                                                                     \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"arch=x86-64-v3,prefer-vector-width=256\")") \
+      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+#else
+#define RESFUSE_ISA avx512
+#define RESFUSE_TILES_BEGIN                                                                                \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"arch=x86-64-v4,avx512bf16,prefer-vector-width=512\")") \
+      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+#endif
+#define RESFUSE_TILES_END _Pragma("GCC pop_options")
 #include <cpuid.h>
 
 #include <cstdlib>
 #include <cstring>
+#else
+#define RESFUSE_ISA portable
 #endif
 
 #include <torch/headeronly/core/ScalarType.h>
 
 namespace resfuse::cpu {
+
+// what depends on the instruction set; everything else is shared
+inline namespace RESFUSE_ISA {}
 
 // Whether this processor multiplies bfloat16 tiles in hardware (AMX): torch's convolutions use it, these kernels do
 // not.
@@ -38,14 +52,37 @@ inline bool has_amx() {
 #endif
 }
 
+#if RESFUSE_HAS_TILES
+// For tests, a setting of 0 hides what a processor has.
+inline bool hidden(const char* setting) {
+  const char* value = std::getenv(setting);
+  return value != nullptr && std::strcmp(value, "0") == 0;
+}
+#endif
+
+inline bool has_avx512() {
+#if RESFUSE_HAS_TILES
+  static const bool found = __builtin_cpu_supports("x86-64-v4") && !hidden("RESFUSE_AVX512");
+  return found;
+#else
+  return false;
+#endif
+}
+
+inline bool has_avx2() {
+#if RESFUSE_HAS_TILES
+  static const bool found = __builtin_cpu_supports("x86-64-v3");
+  return found;
+#else
+  return false;
+#endif
+}
+
 // Whether this processor multiplies pairs of bfloat16 (AVX512_BF16). Without it tile kernels multiply bfloat16
-// activations as floats. RESFUSE_AVX512_BF16=0 does so everywhere, for tests.
+// activations as floats.
 inline bool multiplies_bfloat16() {
 #if RESFUSE_HAS_TILES
-  static const bool found = [] {
-    const char* setting = std::getenv("RESFUSE_AVX512_BF16");
-    return __builtin_cpu_supports("avx512bf16") && (setting == nullptr || std::strcmp(setting, "0") != 0);
-  }();
+  static const bool found = has_avx512() && __builtin_cpu_supports("avx512bf16") && !hidden("RESFUSE_AVX512_BF16");
   return found;
 #else
   return false;
@@ -54,19 +91,27 @@ inline bool multiplies_bfloat16() {
 
 // Whether this machine runs tile kernels on activations of `dtype`.
 inline bool tiles_support(torch::headeronly::ScalarType dtype) {
-#if RESFUSE_HAS_TILES
-  static const bool avx512 = __builtin_cpu_supports("x86-64-v4");
-  static const bool bfloat16 = avx512 && !has_amx();
-  if (dtype == torch::headeronly::ScalarType::Float) return avx512;
-  if (dtype == torch::headeronly::ScalarType::BFloat16) return bfloat16;
-#endif
-  (void)dtype;
-  return false;
+  const bool found = has_avx512() || has_avx2();
+  if (dtype == torch::headeronly::ScalarType::Float) return found;
+  return dtype == torch::headeronly::ScalarType::BFloat16 && found && !has_amx();
 }
 
 // Whether they multiply its values as they are, not as floats.
 inline bool tiles_multiply(torch::headeronly::ScalarType dtype) {
   return tiles_support(dtype) && (dtype == torch::headeronly::ScalarType::Float || multiplies_bfloat16());
 }
+
+namespace RESFUSE_ISA {
+
+// Whether the ops of this compilation are the ones that run here. Where none do, those for AVX-512 say so.
+inline bool isa_runs() {
+#ifdef RESFUSE_AVX2
+  return !has_avx512() && has_avx2();
+#else
+  return has_avx512() || !has_avx2();
+#endif
+}
+
+}  // namespace RESFUSE_ISA
 
 }  // namespace resfuse::cpu

@@ -1,8 +1,9 @@
-// The two matrix products that everything rests on: a register tile of 28 or 16 accumulators, operands in cache.
+// The two matrix products that everything rests on: a register tile of accumulators, operands in cache.
 //
-// `multiply`:    c[R pixels][32 channels] = sum over taps and input channels of a[pixel][k] * b[k][32]
-// `accumulate`:  w[8 channels][32 channels] += sum over pixels of p[pixel][8] * q[pixel][32]
-// Both also exist for 16 channels, one vector instead of two: grouped convolutions multiply fewer zeros then.
+// `multiply`:    c[R pixels][panel] = sum over taps and input channels of a[pixel][k] * b[k][panel]
+// `accumulate`:  w[R channels][panel] += sum over pixels of p[pixel][R] * q[pixel][panel]
+// A panel is two vectors: 32 channels of AVX-512, 16 of AVX2. Both also exist for half a panel: grouped convolutions
+// multiply fewer zeros then.
 // A unit is what one step of the inner product takes: a float, or a pair of bfloat16 whose products are summed in
 // float by one instruction.
 #pragma once
@@ -17,12 +18,10 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
-constexpr int64_t kPanel = 32;          // channels side by side: two vectors
-constexpr int kMaxPixels = 14;          // pixels of a register tile: 14 * 2 accumulators, 2 of b, 1 of a: 31 registers
+constexpr int64_t kPanel = 2 * kLanes;  // channels side by side
 constexpr int64_t kSumSteps = 512;      // a longer sum is one of sums: it rounds less, at 1 % of its time
-constexpr int64_t kWeightChannels = 8;  // rows of a weight gradient's register tile
 
 template <class T>
 struct UnitOf {
@@ -42,15 +41,6 @@ constexpr int64_t kUnit = UnitOf<T>::kWidth;
 template <class T>
 using operand_t = std::conditional_t<kUnit<T> == 1, float, T>;
 
-RESFUSE_LANES Lanes512 broadcast_unit(float a) { return _mm512_set1_ps(a); }
-RESFUSE_LANES __m512i broadcast_unit(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
-RESFUSE_LANES Lanes512 load_units(const float* from) { return _mm512_loadu_ps(from); }
-RESFUSE_LANES __m512i load_units(const uint32_t* from) { return _mm512_loadu_si512(from); }
-RESFUSE_LANES Lanes512 multiply_add(Lanes512 a, Lanes512 b, Lanes512 c) { return _mm512_fmadd_ps(a, b, c); }
-RESFUSE_LANES Lanes512 multiply_add(__m512i a, __m512i b, Lanes512 c) {
-  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
-}
-
 // One contiguous run of input channels: its begin relative to the first pixel, its length, and the units between
 // neighbours in the patch and between the pixels that are multiplied.
 struct Tap {
@@ -64,15 +54,15 @@ struct Tap {
 template <class U, int V, int R>
 __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, int64_t pixel, const Tap* taps,
                                                int64_t tap_count, const U* b, float* c, int64_t c_step) {
-  Lanes512 sum[R][V];
+  Lanes sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) sum[r][v] = zero_lanes();
   bool first = true;
   const auto store_sums = [&]() RESFUSE_INLINE_LAMBDA {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < V; ++v) {
         float* to = c + r * c_step + v * kLanes;
-        _mm512_storeu_ps(to, first ? sum[r][v] : _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]));
+        store_lanes(to, first ? sum[r][v] : load_lanes(to) + sum[r][v]);
       }
     }
   };
@@ -85,7 +75,7 @@ __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, i
       if (left == 0) {
         store_sums();
         for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
+          for (int v = 0; v < V; ++v) sum[r][v] = zero_lanes();
         first = false;
         left = kSumSteps;
       }
@@ -112,7 +102,7 @@ constexpr std::array<MultiplyPixels<U>, sizeof...(R)> multiply_table(std::index_
   return {&multiply_pixels<U, V, static_cast<int>(R) + 1>...};
 }
 
-// c[i] for `pixels` pixels, in groups as equal as their number allows, and `lanes` channels, 32 or 16.
+// c[i] for `pixels` pixels, in groups as equal as their number allows, and `lanes` channels, a panel or half of one.
 // Before each group, `before(pixel, count)` is called: it may ask for memory that is needed soon.
 template <class U, class P>
 void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<Tap>& taps, const U* b, int64_t lanes,
@@ -136,9 +126,9 @@ template <class U, int V>
 __attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q, int64_t q_step, const int64_t* rows,
                                           int64_t row_count, int64_t steps, bool first, float* w) {
   constexpr int R = kWeightChannels;
-  Lanes512 sum[R][V];
+  Lanes sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) sum[r][v] = zero_lanes();
   for (int64_t row = 0; row < row_count; ++row) {
     const U* at = q + rows[row];
     for (int64_t i = 0; i < steps; ++i, p += p_step, at += q_step) {
@@ -153,12 +143,12 @@ __attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
       float* to = w + (r * V + v) * kLanes;
-      _mm512_storeu_ps(to, first ? sum[r][v] : _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]));
+      store_lanes(to, first ? sum[r][v] : load_lanes(to) + sum[r][v]);
     }
   }
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

@@ -123,18 +123,31 @@ inline WeightLayout weight_layout(const Tensor& weight) {
 }
 
 #if RESFUSE_HAS_TILES
+namespace RESFUSE_ISA {
+
 // Call f with values of the activation's and the weight's storage types: float beside either, or both bfloat16.
 template <class F>
 void with_tile_types(const Tensor& x, const Tensor& weight, const F& f) {
   const bool wide = weight.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(wide || weight.scalar_type() == x.scalar_type(), "resfuse: weight must be float32 or in x's dtype");
   if (x.scalar_type() == ScalarType::Float) return f(float{}, float{});
-  if (multiplies_bfloat16()) {
-    wide ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
-  } else {
-    wide ? f(WideBFloat16{}, float{}) : f(WideBFloat16{}, WideBFloat16{});
-  }
+#ifndef RESFUSE_AVX2
+  if (multiplies_bfloat16()) return wide ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
+#endif
+  wide ? f(WideBFloat16{}, float{}) : f(WideBFloat16{}, WideBFloat16{});
 }
+
+// Call f with a value of the storage type of what is multiplied as it is.
+template <class F>
+void with_multiplied_type(ScalarType dtype, const F& f) {
+#ifndef RESFUSE_AVX2
+  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
+#endif
+  STD_TORCH_CHECK(dtype == ScalarType::Float, "resfuse: no products of this dtype");
+  f(float{});
+}
+
+}  // namespace RESFUSE_ISA
 #endif
 
 }  // namespace resfuse::cpu

@@ -5,7 +5,7 @@
 //                      through what normalised it and through its moments
 //   MaskedGradient:    dz, by the sign of a kept output
 //   ShiftedActivation: act(...) - pivot
-// Channels beyond C, up to a multiple of sixteen, are zero.
+// Channels beyond C, up to a whole vector, are zero.
 #pragma once
 
 #include "pack.h"
@@ -15,7 +15,7 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 // Units between the pixels of a patch: an odd number of cache lines, so that pixels do not compete for the same sets.
 template <class T>
@@ -24,24 +24,19 @@ int64_t pixel_units(int64_t channels) {
   return (ceil_div(bytes, 64) | 1) * 16;
 }
 
-// Sixteen values as they lie in a patch.
-RESFUSE_LANES Lanes512 rounded(Lanes512 value, float) { return value; }
-RESFUSE_LANES Lanes512 rounded(Lanes512 value, WideBFloat16) { return value; }
-RESFUSE_LANES __m256i rounded(Lanes512 value, BFloat16) { return round_to_bfloat16(value); }
-RESFUSE_LANES Lanes512 raw(const float* from, LaneMask mask) { return load_lanes(from, mask); }
-RESFUSE_LANES Lanes512 raw(const WideBFloat16* from, LaneMask mask) { return load_lanes(from, mask); }
-RESFUSE_LANES __m256i raw(const BFloat16* from, LaneMask mask) {
-  return mask == kAllLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
-                           : _mm256_maskz_loadu_epi16(mask, from);
-}
-RESFUSE_LANES Lanes512 widened(Lanes512 value) { return value; }
-RESFUSE_LANES Lanes512 widened(__m256i value) { return widen_halves(value); }
-RESFUSE_LANES void store_rounded(float* to, Lanes512 value) { _mm512_storeu_ps(to, value); }
-RESFUSE_LANES void store_rounded(BFloat16* to, __m256i value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
-}
+// A vector of values as they lie in a patch: floats, or the halves that are multiplied in pairs.
+RESFUSE_LANES Lanes rounded(Lanes value, float) { return value; }
+RESFUSE_LANES Lanes rounded(Lanes value, WideBFloat16) { return value; }
+RESFUSE_LANES Halves rounded(Lanes value, BFloat16) { return round_halves(value, BFloat16{}); }
+RESFUSE_LANES Lanes raw(const float* from, LaneMask mask) { return load_lanes(from, mask); }
+RESFUSE_LANES Lanes raw(const WideBFloat16* from, LaneMask mask) { return load_lanes(from, mask); }
+RESFUSE_LANES Halves raw(const BFloat16* from, LaneMask mask) { return load_halves(from, mask); }
+RESFUSE_LANES Lanes widened(Lanes value) { return value; }
+RESFUSE_LANES Lanes widened(Halves value) { return widen_halves(value); }
+RESFUSE_LANES void store_rounded(float* to, Lanes value) { store_lanes(to, value); }
+RESFUSE_LANES void store_rounded(BFloat16* to, Halves value) { store_halves(to, value); }
 
-// A source gives sixteen channels of a pixel, those outside the mask zero. kComputed: through the prologue, else as
+// A source gives a vector of channels of a pixel, those outside the mask zero. kComputed: through the prologue, else as
 // stored.
 template <class T>
 struct Activation {
@@ -62,8 +57,8 @@ struct Activation {
     if constexpr (!kComputed) {
       return raw(from, mask);
     } else {
-      const Lanes512 scaled = _mm512_mul_ps(load_lanes(from, mask), load_lanes(scale + c));
-      const Lanes512 z = _mm512_add_ps(scaled, load_lanes(shift + c));
+      const Lanes scaled = load_lanes(from, mask) * load_lanes(scale + c);
+      const Lanes z = scaled + load_lanes(shift + c);
       return rounded(relu ? relu_lanes(z) : z, T{});
     }
   }
@@ -93,13 +88,13 @@ struct OutputGradient {
     if constexpr (!kComputed) {
       return raw(grad + at, mask);
     } else {
-      const Lanes512 value = load_lanes(y + at, mask), a = load_lanes(scale + c);
-      Lanes512 dz = load_lanes(grad + at, mask);
-      if (shift != nullptr) dz = relu_gradient_lanes(dz, _mm512_add_ps(_mm512_mul_ps(value, a), load_lanes(shift + c)));
-      const Lanes512 deviation = _mm512_sub_ps(value, load_lanes(mean + c));
-      const Lanes512 through = _mm512_fmadd_ps(load_lanes(slope + c), deviation, load_lanes(constant + c));
-      const Lanes512 result = _mm512_fmadd_ps(dz, a, through);
-      return rounded(mask == kAllLanes ? result : _mm512_maskz_mov_ps(mask, result), T{});
+      const Lanes value = load_lanes(y + at, mask), a = load_lanes(scale + c);
+      Lanes dz = load_lanes(grad + at, mask);
+      if (shift != nullptr) dz = relu_gradient_lanes(dz, value * a + load_lanes(shift + c));
+      const Lanes deviation = value - load_lanes(mean + c);
+      const Lanes through = multiply_add(load_lanes(slope + c), deviation, load_lanes(constant + c));
+      const Lanes result = multiply_add(dz, a, through);
+      return rounded(mask == kAllLanes ? result : keep_lanes(mask, result), T{});
     }
   }
 };
@@ -122,7 +117,7 @@ struct MaskedGradient {
   template <bool kComputed>
   RESFUSE_LANES auto get(int64_t pixel, int64_t c, LaneMask mask) const {
     const int64_t at = pixel * channels + c;
-    Lanes512 value = load_lanes(grad + at, mask);
+    Lanes value = load_lanes(grad + at, mask);
     if (out != nullptr) value = relu_gradient_lanes(value, load_lanes(out + at, mask));
     store_lanes(dz + at, value, mask);
     return rounded(value, T{});
@@ -140,9 +135,9 @@ struct ShiftedActivation {
 
   template <bool kComputed>
   RESFUSE_LANES auto get(int64_t pixel, int64_t c, LaneMask mask) const {
-    const Lanes512 value = activation.scale == nullptr ? widened(activation.template get<false>(pixel, c, mask))
-                                                       : widened(activation.template get<true>(pixel, c, mask));
-    return rounded(_mm512_maskz_sub_ps(mask, value, load_lanes(pivot + c)), T{});
+    const Lanes value = activation.scale == nullptr ? widened(activation.template get<false>(pixel, c, mask))
+                                                    : widened(activation.template get<true>(pixel, c, mask));
+    return rounded(keep_lanes(mask, value - load_lanes(pivot + c)), T{});
   }
 };
 
@@ -206,7 +201,7 @@ void prefetch_tile(const Plan& plan, const Tile& tile, const S& source, Prefetch
   }
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

@@ -15,7 +15,7 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kTilePixels = 112;        // a panel of a tile, 14 KiB in float, is read again by its epilogue
 constexpr int64_t kPatchBytes = 512 << 10;  // a patch is read again by every panel: it stays in L2
@@ -136,10 +136,11 @@ void pack_appended(const WeightView<W>& weight, const Taps& taps, int64_t begin,
 }
 
 // How tiles and panels are shared out.
-struct Slabs512 {
+struct TileSlabs {
   int64_t tiles, slabs, blocks, panels;
 
-  Slabs512(int64_t tile_count, int64_t panel_count, int64_t most = kMaxSlabs) : tiles(tile_count), panels(panel_count) {
+  TileSlabs(int64_t tile_count, int64_t panel_count, int64_t most = kMaxSlabs)
+      : tiles(tile_count), panels(panel_count) {
     slabs = std::min({tiles, most, kMaxSlabs});
     blocks = std::clamp<int64_t>(kMinTasks / std::max<int64_t>(slabs, 1), 1, panels);
   }
@@ -171,11 +172,11 @@ class SlabSums {
   std::vector<double> data_;
 };
 
-// fill(tile, patch) loads a tile; epilogue(slab, tile's first output pixel, pixels, panel, values) takes 32 channels of
-// it, and may change them: values[pixel * 32 + lane], pixels in memory order.
+// fill(tile, patch) loads a tile; epilogue(slab, tile's first output pixel, pixels, panel, values) takes a panel of
+// it, and may change its values[pixel * kPanel + lane], pixels in memory order.
 // ahead(tile, prefetcher) names the memory that fill will read.
 template <class T, class F, class A, class E>
-void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int64_t patch_units, const Slabs512& slabs,
+void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int64_t patch_units, const TileSlabs& slabs,
                const F& fill, const A& ahead, const E& epilogue) {
   const AxisPlan &h = plan.height, &w = plan.width;
   const int64_t lanes = taps.windows.lanes;
@@ -232,7 +233,7 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
   });
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

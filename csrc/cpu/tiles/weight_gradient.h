@@ -8,11 +8,12 @@
 #pragma once
 
 #include "epilogue.h"
+#include "pairs.h"
 
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kWeightPixels = 224;            // of a tile: sums are read and written once for so many products
 constexpr int64_t kWeightPatchBytes = 768 << 10;  // the input's side of a tile stays in L2
@@ -20,12 +21,12 @@ constexpr int64_t kWeightTasks = 16;
 constexpr int64_t kMomentSlabs = 256;  // of a symmetric product: a float sum runs over one tile, where memory allows
 constexpr int64_t kWeightSlabBytes = int64_t{4} << 20;  // the sums of all slabs together
 
-// Channels of c side by side, `lanes` at a time, and the octets of k that each strip of them wants. A strip is a panel,
-// or half of one where a grouped convolution then sums fewer pairs of channels that share no group.
+// Channels of c side by side, `lanes` at a time, and the bundles of k (of kWeightChannels) that each strip wants. A
+// strip is a panel, or half of one where a grouped convolution then sums fewer pairs of channels that share no group.
 struct WeightStrips {
   int64_t lanes;
-  int64_t depth = 0;          // most octets that a strip wants
-  std::vector<Range> wanted;  // octets, of every strip
+  int64_t depth = 0;          // most bundles that a strip wants
+  std::vector<Range> wanted;  // bundles, of every strip
 
   // `symmetric`: dY is the input, and blocks below the diagonal are left out
   WeightStrips(const Plan& plan, bool symmetric, int64_t strip_lanes) : lanes(strip_lanes) {
@@ -49,17 +50,18 @@ struct WeightStrips {
   Range wants(int64_t strip) const { return wanted[static_cast<size_t>(strip)]; }
 };
 
-// The share of one task: octets of k, and the strips of c that want any of them.
+// The share of one task: bundles of k, and the strips of c that want any of them.
 struct WeightBlock {
-  Range octets, strips;
+  Range bundles, strips;
 };
 
-// Sums of one slab: blocks of 8 x `lanes` floats, [tap][strip of c][octet of k], of those octets that the strip wants.
+// Sums of one slab: blocks of kWeightChannels x `lanes` floats, [tap][strip of c][bundle of k], of those bundles that
+// the strip wants.
 struct WeightSums {
   WeightStrips strips;
   bool symmetric;  // dY is the input, and is read where the input is
-  int64_t taps, octets, slabs;
-  int64_t max_strips = 0, max_octets = 0;  // of a block
+  int64_t taps, bundles, slabs;
+  int64_t max_strips = 0, max_bundles = 0;  // of a block
   std::vector<WeightBlock> blocks;
 
   // `once`: every value of dY is asked for by one task only
@@ -67,7 +69,7 @@ struct WeightSums {
       : strips(WeightStrips::fewest_sums(plan, symmetric)),
         symmetric(symmetric),
         taps(tap_count),
-        octets(ceil_div(plan.out_channels, kWeightChannels)) {
+        bundles(ceil_div(plan.out_channels, kWeightChannels)) {
     const int64_t bytes = size() * static_cast<int64_t>(sizeof(float));
     const int64_t most = symmetric ? kMomentSlabs : kWeightTasks;
     slabs = std::clamp<int64_t>(kWeightSlabBytes / bytes, 1, std::min<int64_t>(plan.tiles(), most));
@@ -76,8 +78,8 @@ struct WeightSums {
   }
   int64_t size() const { return taps * strips.sums(); }
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
-  int64_t at(int64_t tap, int64_t strip, int64_t octet) const {
-    return tap * strips.sums() + (strip * strips.depth + octet - strips.wants(strip).begin) * strips.block();
+  int64_t at(int64_t tap, int64_t strip, int64_t bundle) const {
+    return tap * strips.sums() + (strip * strips.depth + bundle - strips.wants(strip).begin) * strips.block();
   }
 
  private:
@@ -85,51 +87,19 @@ struct WeightSums {
   // shorter side is what every task fills again.
   void share_out(int64_t count, bool by_strips) {
     const int64_t wide = by_strips ? ceil_div(strips.count(), count) : strips.count();
-    const int64_t high = by_strips ? octets : ceil_div(octets, count);
+    const int64_t high = by_strips ? bundles : ceil_div(bundles, count);
     for (int64_t strip = 0; strip < strips.count(); strip += wide) {
-      for (int64_t octet = 0; octet < octets; octet += high) {
-        WeightBlock block{{octet, std::min(octet + high, octets)}, {strip, std::min(strip + wide, strips.count())}};
-        while (strips.wants(block.strips.begin).end <= block.octets.begin) ++block.strips.begin;
-        while (strips.wants(block.strips.end - 1).begin >= block.octets.end) --block.strips.end;
+      for (int64_t bundle = 0; bundle < bundles; bundle += high) {
+        WeightBlock block{{bundle, std::min(bundle + high, bundles)}, {strip, std::min(strip + wide, strips.count())}};
+        while (strips.wants(block.strips.begin).end <= block.bundles.begin) ++block.strips.begin;
+        while (strips.wants(block.strips.end - 1).begin >= block.bundles.end) --block.strips.end;
         max_strips = std::max(max_strips, block.strips.end - block.strips.begin);
-        max_octets = std::max(max_octets, block.octets.end - block.octets.begin);
+        max_bundles = std::max(max_bundles, block.bundles.end - block.bundles.begin);
         blocks.push_back(block);
       }
     }
   }
 };
-
-// Neighbours `distance` apart as pairs: to[i] = (pixel[i*step], pixel[i*step + distance]), zero past the end of the
-// row.
-inline void pair_row(const BFloat16* pixels, int64_t columns, int64_t pixel_step, int64_t step, int64_t distance,
-                     int64_t count, int64_t channels, uint32_t* to, int64_t to_step) {
-  for (int64_t i = 0; i < count; ++i, to += to_step) {
-    const int64_t first = i * step, second = first + distance;
-    const BFloat16 *low = pixels + first * pixel_step, *high = pixels + second * pixel_step;
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const __m256i next = second < columns ? raw(high + c, kAllLanes) : _mm256_setzero_si256();
-      _mm512_storeu_si512(to + c, pair_halves(raw(low + c, kAllLanes), next));
-    }
-  }
-}
-
-// The same straight from a source: pixels 2*i and 2*i + 1 of a row.
-template <bool kComputed, class S>
-void pair_pixels(const S& source, int64_t pixel, int64_t step, int64_t columns, int64_t begin, int64_t end,
-                 uint32_t* to, int64_t to_step) {
-  const int64_t whole = begin + (end - begin) / kLanes * kLanes;
-  const auto pair = [&](int64_t i, int64_t c, LaneMask mask) RESFUSE_INLINE_LAMBDA {
-    const __m256i first = source.template get<kComputed>(pixel + i * step, c, mask);
-    const bool alone = i + 1 == columns;
-    const __m256i second =
-        alone ? _mm256_setzero_si256() : source.template get<kComputed>(pixel + (i + 1) * step, c, mask);
-    _mm512_storeu_si512(to + c - begin, pair_halves(first, second));
-  };
-  for (int64_t i = 0; i < columns; i += 2, to += to_step) {
-    for (int64_t c = begin; c < whole; c += kLanes) pair(i, c, kAllLanes);
-    if (whole < end) pair(i, whole, lane_mask(whole, end));
-  }
-}
 
 // One row of one operand, its units in pairs or not.
 template <class T, class S>
@@ -138,9 +108,9 @@ void fill_units(const S& source, int64_t pixel, int64_t step, int64_t columns, i
   if constexpr (kUnit<T> == 1) {
     fill_row(source, pixel, step, columns, begin, end, to, to_step);
   } else if (source.computed()) {
-    pair_pixels<true>(source, pixel, step, columns, begin, end, to, to_step);
+    pair_pixels(std::true_type{}, source, pixel, step, columns, begin, end, to, to_step);
   } else {
-    pair_pixels<false>(source, pixel, step, columns, begin, end, to, to_step);
+    pair_pixels(std::false_type{}, source, pixel, step, columns, begin, end, to, to_step);
   }
 }
 
@@ -209,30 +179,9 @@ inline void add_columns(const float* p, int64_t p_step, int64_t steps, int64_t c
   for (int64_t c = 0; c < channels; c += kLanes) {
     DoubleLanes total;
     for (int64_t begin = 0; begin < steps; begin += kFloatRows) {
-      Lanes512 sum = _mm512_setzero_ps();
-      for (int64_t i = begin; i < std::min(steps, begin + kFloatRows); ++i)
-        sum = _mm512_add_ps(sum, load_lanes(p + i * p_step + c));
+      Lanes sum = zero_lanes();
+      for (int64_t i = begin; i < std::min(steps, begin + kFloatRows); ++i) sum += load_lanes(p + i * p_step + c);
       total.add(sum);
-    }
-    alignas(64) double values[kLanes];
-    total.store(values);
-    for (int64_t j = 0; j < std::min(kLanes, channels - c); ++j) to[c + j] += values[j];
-  }
-}
-
-inline void add_columns(const uint32_t* p, int64_t p_step, int64_t steps, int64_t channels, double* to) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    DoubleLanes total;
-    for (int64_t begin = 0; begin < steps; begin += kFloatRows) {
-      Lanes512 first = _mm512_setzero_ps(), second = first;
-      for (int64_t i = begin; i < std::min(steps, begin + kFloatRows); ++i) {
-        const __m512i pair = load_units(p + i * p_step + c);
-        first = _mm512_add_ps(first, _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)));
-        second =
-            _mm512_add_ps(second, _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(int(0xffff0000u)))));
-      }
-      total.add(first);
-      total.add(second);
     }
     alignas(64) double values[kLanes];
     total.store(values);
@@ -248,16 +197,16 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
   const int64_t slabs = sums.slabs, tiles = plan.tiles(), out_channels = plan.out_channels;
   const AxisPlan &h = plan.height, &w = plan.width;
   const InputSide<T> side(plan, std::min(sums.max_strips * sums.strips.lanes, plan.in_channels));
-  const int64_t p_step = pixel_units<float>(sums.max_octets * kWeightChannels), blocks = sums.block_count();
+  const int64_t p_step = pixel_units<float>(sums.max_bundles * kWeightChannels), blocks = sums.block_count();
   const int64_t max_steps = plan.rows * ceil_div(plan.columns, kUnit<T>);
   const int64_t work = plan.images * plan.height.out * plan.width.out * out_channels * 16;
 
   const auto add = sums.strips.lanes == kPanel ? accumulate<U, 2> : accumulate<U, 1>;
   const int64_t workers = workers_for(slabs * blocks, work);
   parallel_tasks(slabs * blocks, work, [&](int64_t task) {
-    const auto [octets, strips] = sums.blocks[static_cast<size_t>(task % blocks)];
+    const auto [bundles, strips] = sums.blocks[static_cast<size_t>(task % blocks)];
     const int64_t slab = task / blocks;
-    const int64_t begin = octets.begin * kWeightChannels, end = std::min(octets.end * kWeightChannels, out_channels);
+    const int64_t begin = bundles.begin * kWeightChannels, end = std::min(bundles.end * kWeightChannels, out_channels);
     const int64_t in_begin = strips.begin * sums.strips.lanes,
                   in_end = std::min(strips.end * sums.strips.lanes, plan.in_channels);
     // the last strip of either operand may be read as a whole panel
@@ -283,7 +232,7 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
         const int64_t at = (following.image * plan.height.out + following.row) * plan.width.out + following.column;
         if (!sums.symmetric) grad.prefetch(at, following.rows * following.columns, next);
       }
-      next.spread(sums.taps * (strips.end - strips.begin) * std::min(octets.end - octets.begin, sums.strips.depth));
+      next.spread(sums.taps * (strips.end - strips.begin) * std::min(bundles.end - bundles.begin, sums.strips.depth));
       const U* q = side.fill(tile, input, in_begin, in_end, patch, q_memory);
       const int64_t patch_columns = plan.width.patch(tile.columns), steps = ceil_div(tile.columns, kUnit<T>);
       for (int64_t row = 0; row < tile.rows; ++row) {
@@ -299,11 +248,11 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
           const int64_t tap = down.kernel * kernel_width + across.kernel;
           for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
             const Range wanted = sums.strips.wants(strip);
-            const int64_t stop = std::min(octets.end, wanted.end);
-            for (int64_t octet = std::max(octets.begin, wanted.begin); octet < stop; ++octet) {
+            const int64_t stop = std::min(bundles.end, wanted.end);
+            for (int64_t bundle = std::max(bundles.begin, wanted.begin); bundle < stop; ++bundle) {
               next.step();
-              add(p + octet * kWeightChannels - begin, p_step, q + strip * sums.strips.lanes - in_begin, side.q_step,
-                  rows, tile.rows, steps, index == first_tile, total + sums.at(tap, strip, octet));
+              add(p + bundle * kWeightChannels - begin, p_step, q + strip * sums.strips.lanes - in_begin, side.q_step,
+                  rows, tile.rows, steps, index == first_tile, total + sums.at(tap, strip, bundle));
             }
           }
         }
@@ -312,12 +261,12 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
   });
 }
 
-// Merge sixteen sums of every slab and write those from lane `first` to `last`, `step` apart.
+// Merge a vector of sums of every slab and write those from lane `first` to `last`, `step` apart.
 template <class W>
 RESFUSE_LANES void write_sums(const WeightSums& sums, const float* from, int64_t first, int64_t last, W* to,
                               int64_t step) {
-  Lanes512 total = load_lanes(from);
-  for (int64_t slab = 1; slab < sums.slabs; ++slab) total = _mm512_add_ps(total, load_lanes(from + slab * sums.size()));
+  Lanes total = load_lanes(from);
+  for (int64_t slab = 1; slab < sums.slabs; ++slab) total += load_lanes(from + slab * sums.size());
   if (step == 1 && last - first == kLanes) return store_lanes(to, total);
   alignas(64) float values[kLanes];
   store_lanes(values, total);
@@ -329,15 +278,15 @@ template <class W>
 void write_weight_gradient(const ConvShape& shape, const WeightSums& sums, const float* totals,
                            const WeightLayout& layout, W* grad) {
   const int64_t lanes = sums.strips.lanes;
-  parallel_tasks(sums.octets, sums.size(), [&](int64_t octet) {
-    const int64_t begin = octet * kWeightChannels, rows = std::min(kWeightChannels, shape.out_channels - begin);
+  parallel_tasks(sums.bundles, sums.size(), [&](int64_t bundle) {
+    const int64_t begin = bundle * kWeightChannels, rows = std::min(kWeightChannels, shape.out_channels - begin);
     Range inputs[kWeightChannels];
     for (int64_t r = 0; r < rows; ++r)
       inputs[r] = same_groups({begin + r, begin + r + 1}, shape.out_channels, shape.in_channels, shape.groups);
     for (int64_t tap = 0; tap < sums.taps; ++tap) {
       W* to = grad + layout.at(tap, shape.width.kernel) + begin * layout.strides[0];
       for (int64_t strip = inputs[0].begin / lanes; strip * lanes < inputs[rows - 1].end; ++strip) {
-        const float* block = totals + sums.at(tap, strip, octet);
+        const float* block = totals + sums.at(tap, strip, bundle);
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = strip * lanes; c < (strip + 1) * lanes; c += kLanes) {
             const int64_t first = std::max(c, inputs[r].begin), last = std::min(c + kLanes, inputs[r].end);
@@ -364,7 +313,7 @@ void weight_gradient_tiles(const ConvShape& shape, const G& grad, const Activati
   if (column_sums != nullptr) columns.merge(0, shape.out_channels, column_sums);
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

@@ -15,7 +15,7 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kPositions = 16;            // of a block
 constexpr int64_t kBlockPixels = 224;         // pixels of a tile: 56 blocks, four register tiles
@@ -28,7 +28,7 @@ template <class T>
 bool winograd_pays(const ConvShape& shape) {
   const auto fits = [](const ConvAxis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1 && a.out >= 6; };
   return kUnit<T> == 1 && shape.groups == 1 && fits(shape.height) && fits(shape.width) && shape.height.padding <= 2 &&
-         shape.width.padding <= 2 && shape.in_channels >= 32 && shape.out_channels >= 32;
+         shape.width.padding <= 2 && shape.in_channels >= kPanel && shape.out_channels >= kPanel;
 }
 
 // Tiles of whole blocks. A tile's last row or column of blocks may be half outside.
@@ -49,7 +49,7 @@ struct WinogradPlan : Plan {
         std::clamp<int64_t>(kProductBytes / (kPositions * blocks * kPanel * 4), 1, ceil_div(out_channels, kPanel));
   }
 
-  Slabs512 slabs() const { return Slabs512(tiles(), ceil_div(out_channels, kPanel), ceil_div(tiles(), group)); }
+  TileSlabs slabs() const { return TileSlabs(tiles(), ceil_div(out_channels, kPanel), ceil_div(tiles(), group)); }
   static Tile whole(Tile tile) {
     tile.rows = round_up(tile.rows, 2);
     tile.columns = round_up(tile.columns, 2);
@@ -59,16 +59,16 @@ struct WinogradPlan : Plan {
 };
 
 // G along one axis: four vectors of three.
-RESFUSE_LANES void transform_weights(const Lanes512 (&g)[3], Lanes512 (&u)[4]) {
-  const Lanes512 half = _mm512_set1_ps(0.5f), ends = _mm512_mul_ps(half, _mm512_add_ps(g[0], g[2]));
-  const Lanes512 middle = _mm512_mul_ps(half, g[1]);
+RESFUSE_LANES void transform_weights(const Lanes (&g)[3], Lanes (&u)[4]) {
+  const Lanes half = broadcast_lanes(0.5f), ends = half * (g[0] + g[2]);
+  const Lanes middle = half * g[1];
   u[0] = g[0];
-  u[1] = _mm512_add_ps(ends, middle);
-  u[2] = _mm512_sub_ps(ends, middle);
+  u[1] = ends + middle;
+  u[2] = ends - middle;
   u[3] = g[2];
 }
 
-// Every panel of a weight, transformed: [panel][position][k][32 lanes].
+// Every panel of a weight, transformed: [panel][position][k][kPanel lanes].
 template <class W>
 float* pack_winograd(const WinogradPlan& plan, const W* weight, const WeightLayout& layout, bool backward,
                      const float* lane_scale = nullptr) {
@@ -83,15 +83,15 @@ float* pack_winograd(const WinogradPlan& plan, const W* weight, const WeightLayo
                           panel, taps + (h.offset * 3 + w.offset) * size);
     float* to = packed + panel * kPositions * size;
     for (int64_t i = 0; i < size; i += kLanes) {
-      Lanes512 columns[3][4];  // [tap down][position across]
+      Lanes columns[3][4];  // [tap down][position across]
       for (int r = 0; r < 3; ++r) {
-        Lanes512 g[3];
+        Lanes g[3];
         for (int c = 0; c < 3; ++c) g[c] = load_lanes(taps + (r * 3 + c) * size + i);
         transform_weights(g, columns[r]);
       }
       for (int c = 0; c < 4; ++c) {
-        const Lanes512 g[3] = {columns[0][c], columns[1][c], columns[2][c]};
-        Lanes512 u[4];
+        const Lanes g[3] = {columns[0][c], columns[1][c], columns[2][c]};
+        Lanes u[4];
         transform_weights(g, u);
         for (int r = 0; r < 4; ++r) store_lanes(to + (r * 4 + c) * size + i, u[r]);
       }
@@ -101,11 +101,11 @@ float* pack_winograd(const WinogradPlan& plan, const W* weight, const WeightLayo
 }
 
 // B^T along one axis.
-RESFUSE_LANES void transform_input(const Lanes512 (&d)[4], Lanes512 (&v)[4]) {
-  v[0] = _mm512_sub_ps(d[0], d[2]);
-  v[1] = _mm512_add_ps(d[1], d[2]);
-  v[2] = _mm512_sub_ps(d[2], d[1]);
-  v[3] = _mm512_sub_ps(d[1], d[3]);
+RESFUSE_LANES void transform_input(const Lanes (&d)[4], Lanes (&v)[4]) {
+  v[0] = d[0] - d[2];
+  v[1] = d[1] + d[2];
+  v[2] = d[2] - d[1];
+  v[3] = d[1] - d[3];
 }
 
 // Rows `positions` of the blocks of one tile, 4 positions to a row. Blocks beside each other share two columns.
@@ -115,11 +115,11 @@ inline void transform_patch(const float* patch, int64_t rows, int64_t columns, i
   const int64_t width = columns + 2;
   for (int64_t row = 0; row < rows; row += 2, patch += 2 * width * step, to += columns / 2 * step) {
     for (int64_t c = 0; c < channels; c += kLanes) {
-      Lanes512 d[4][4];  // [column][position down]
+      Lanes d[4][4];  // [column][position down]
       const auto load = [&](int64_t column, int at) RESFUSE_INLINE_LAMBDA {
         const float* from = patch + column * step + c;
-        const Lanes512 pixels[4] = {load_lanes(from), load_lanes(from + width * step),
-                                    load_lanes(from + 2 * width * step), load_lanes(from + 3 * width * step)};
+        const Lanes pixels[4] = {load_lanes(from), load_lanes(from + width * step), load_lanes(from + 2 * width * step),
+                                 load_lanes(from + 3 * width * step)};
         transform_input(pixels, d[at]);
       };
       load(0, 0);
@@ -130,8 +130,8 @@ inline void transform_patch(const float* patch, int64_t rows, int64_t columns, i
         load(column + 3, 3);
         float* at = block;
         for (int64_t r = positions.begin; r < positions.end; ++r, at += 4 * position_step) {
-          const Lanes512 across[4] = {d[0][r], d[1][r], d[2][r], d[3][r]};
-          Lanes512 v[4];
+          const Lanes across[4] = {d[0][r], d[1][r], d[2][r], d[3][r]};
+          Lanes v[4];
           transform_input(across, v);
           for (int i = 0; i < 4; ++i) store_lanes(at + i * position_step, v[i]);
           d[0][r] = d[2][r];
@@ -143,12 +143,12 @@ inline void transform_patch(const float* patch, int64_t rows, int64_t columns, i
 }
 
 // A^T along one axis.
-RESFUSE_LANES void transform_output(const Lanes512 (&m)[4], Lanes512 (&y)[2]) {
-  y[0] = _mm512_add_ps(_mm512_add_ps(m[0], m[1]), m[2]);
-  y[1] = _mm512_sub_ps(_mm512_sub_ps(m[1], m[2]), m[3]);
+RESFUSE_LANES void transform_output(const Lanes (&m)[4], Lanes (&y)[2]) {
+  y[0] = m[0] + m[1] + m[2];
+  y[1] = m[1] - m[2] - m[3];
 }
 
-// 32 channels of one tile's blocks as pixels: those outside the tile are dropped.
+// A panel of one tile's blocks as pixels: those outside the tile are dropped.
 inline void transform_products(const float* products, int64_t position_step, int64_t rows, int64_t columns,
                                float* values) {
   for (int64_t row = 0; row < rows; row += 2) {
@@ -156,18 +156,18 @@ inline void transform_products(const float* products, int64_t position_step, int
       float* to = values + (row * columns + column) * kPanel;
       const bool below = row + 1 < rows, right = column + 1 < columns;
       for (int64_t half = 0; half < kPanel; half += kLanes) {
-        Lanes512 down[2][4];
+        Lanes down[2][4];
         for (int c = 0; c < 4; ++c) {
           const float* from = products + c * position_step + half;
-          const Lanes512 m[4] = {load_lanes(from), load_lanes(from + 4 * position_step),
-                                 load_lanes(from + 8 * position_step), load_lanes(from + 12 * position_step)};
-          Lanes512 y[2];
+          const Lanes m[4] = {load_lanes(from), load_lanes(from + 4 * position_step),
+                              load_lanes(from + 8 * position_step), load_lanes(from + 12 * position_step)};
+          Lanes y[2];
           transform_output(m, y);
           down[0][c] = y[0];
           down[1][c] = y[1];
         }
         for (int r = 0; r <= (below ? 1 : 0); ++r) {
-          Lanes512 y[2];
+          Lanes y[2];
           transform_output(down[r], y);
           store_lanes(to + r * columns * kPanel + half, y[0]);
           if (right) store_lanes(to + (r * columns + 1) * kPanel + half, y[1]);
@@ -177,10 +177,10 @@ inline void transform_products(const float* products, int64_t position_step, int
   }
 }
 
-// As run_tiles: fill(tile, patch) loads a tile, epilogue takes 32 channels of it. A tile may be asked for beyond its
+// As run_tiles: fill(tile, patch) loads a tile, epilogue takes a panel of it. A tile may be asked for beyond its
 // last row or column.
 template <class F, class A, class E>
-void run_winograd(const WinogradPlan& plan, const float* packed, const Slabs512& slabs, const F& fill, const A& ahead,
+void run_winograd(const WinogradPlan& plan, const float* packed, const TileSlabs& slabs, const F& fill, const A& ahead,
                   const E& epilogue) {
   const int64_t depth = plan.in_channels, step = plan.step, size = depth * kPanel;
   const int64_t input_step = plan.blocks * step, product_step = plan.blocks * kPanel;
@@ -237,7 +237,7 @@ void run_winograd(const WinogradPlan& plan, const float* packed, const Slabs512&
   });
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif

@@ -12,17 +12,17 @@
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-namespace resfuse::cpu {
+namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kGradientPixels = 448;  // of a tile: 112 blocks
 constexpr int64_t kGradientBlocks = 128;  // blocks that are summed at once: small tiles are joined
 
 // A along one axis: one or two values to four.
-RESFUSE_LANES void transform_gradient(Lanes512 first, Lanes512 second, Lanes512 (&m)[4]) {
+RESFUSE_LANES void transform_gradient(Lanes first, Lanes second, Lanes (&m)[4]) {
   m[0] = first;
-  m[1] = _mm512_add_ps(first, second);
-  m[2] = _mm512_sub_ps(first, second);
-  m[3] = _mm512_sub_ps(_mm512_setzero_ps(), second);
+  m[1] = first + second;
+  m[2] = first - second;
+  m[3] = zero_lanes() - second;
 }
 
 // Rows `positions` of A dY A^T of one tile's blocks, for output channels [begin, end): 4 positions to a row.
@@ -37,14 +37,14 @@ void transform_gradients(const Plan& plan, const Tile& tile, const G& grad, Rang
       for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
         const LaneMask mask = lane_mask(c, channels.end);
         const auto get = [&](bool inside, int64_t at) RESFUSE_INLINE_LAMBDA {
-          return inside ? grad.template get<kComputed>(at, c, mask) : _mm512_setzero_ps();
+          return inside ? grad.template get<kComputed>(at, c, mask) : zero_lanes();
         };
-        Lanes512 down[2][4];
+        Lanes down[2][4];
         transform_gradient(get(true, pixel), get(below, pixel + width), down[0]);
         transform_gradient(get(right, pixel + 1), get(below && right, pixel + width + 1), down[1]);
         float* at = to + c - channels.begin;
         for (int64_t r = positions.begin; r < positions.end; ++r, at += 4 * position_step) {
-          Lanes512 m[4];
+          Lanes m[4];
           transform_gradient(down[0][r], down[1][r], m);
           for (int i = 0; i < 4; ++i) store_lanes(at + i * position_step, m[i]);
         }
@@ -53,20 +53,20 @@ void transform_gradients(const Plan& plan, const Tile& tile, const G& grad, Rang
   }
 }
 
-// How the sums of a slab are shared out: rows of positions, and octets of output channels.
+// How the sums of a slab are shared out: rows of positions, and bundles of output channels.
 struct GradientShares {
-  int64_t rows, parts, octets;
+  int64_t rows, parts, bundles;
 
   explicit GradientShares(const WeightSums& sums)
       : rows(sums.slabs < kWeightTasks ? 1 : 4),
-        parts(std::min(ceil_div(kWeightTasks * rows, sums.slabs * 4), sums.octets)),
-        octets(sums.octets) {}
+        parts(std::min(ceil_div(kWeightTasks * rows, sums.slabs * 4), sums.bundles)),
+        bundles(sums.bundles) {}
   int64_t count() const { return 4 / rows * parts; }
   Range positions(int64_t share) const { return {share / parts * rows, share / parts * rows + rows}; }
-  Range octets_of(int64_t share) const {
-    return {share % parts * octets / parts, (share % parts + 1) * octets / parts};
+  Range bundles_of(int64_t share) const {
+    return {share % parts * bundles / parts, (share % parts + 1) * bundles / parts};
   }
-  int64_t most_octets() const { return ceil_div(octets, parts); }
+  int64_t most_bundles() const { return ceil_div(bundles, parts); }
 };
 
 // Into `totals`, (slabs, size) of sums.
@@ -74,14 +74,14 @@ template <class G, class A>
 void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& input, const WeightSums& sums,
                            const GradientShares& shares, float* totals) {
   const int64_t tiles = plan.tiles(), step = plan.step, input_step = plan.blocks * step;
-  const int64_t grad_step = pixel_units<float>(shares.most_octets() * kWeightChannels);
+  const int64_t grad_step = pixel_units<float>(shares.most_bundles() * kWeightChannels);
   const int64_t position_step = plan.blocks * grad_step, count = shares.count();
   const int64_t work = plan.images * plan.height.out * plan.width.out * plan.out_channels * 16;
   const int64_t workers = workers_for(sums.slabs * count, work);
   parallel_tasks(sums.slabs * count, work, [&](int64_t task) {
     const int64_t slab = task / count;
-    const Range positions = shares.positions(task % count), octets = shares.octets_of(task % count);
-    const Range channels{octets.begin * kWeightChannels, std::min(octets.end * kWeightChannels, plan.out_channels)};
+    const Range positions = shares.positions(task % count), bundles = shares.bundles_of(task % count);
+    const Range channels{bundles.begin * kWeightChannels, std::min(bundles.end * kWeightChannels, plan.out_channels)};
     // the last strip of the inputs may be read as a whole panel
     const int64_t sizes[3] = {plan.whole_patch() * step, shares.rows * 4 * input_step + kPanel,
                               shares.rows * 4 * position_step};
@@ -111,16 +111,16 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
         grad.prefetch((following.image * plan.height.out + following.row) * plan.width.out,
                       following.rows * following.columns, next);
       }
-      next.spread(shares.rows * 4 * sums.strips.count() * (octets.end - octets.begin));
+      next.spread(shares.rows * 4 * sums.strips.count() * (bundles.end - bundles.begin));
       const int64_t rows[1] = {0};
       for (int64_t i = 0; i < shares.rows * 4; ++i) {
         for (int64_t strip = 0; strip < sums.strips.count(); ++strip) {
-          for (int64_t octet = octets.begin; octet < octets.end; ++octet) {
+          for (int64_t bundle = bundles.begin; bundle < bundles.end; ++bundle) {
             next.step();
-            accumulate<float, 2>(gradients + i * position_step + (octet - octets.begin) * kWeightChannels, grad_step,
+            accumulate<float, 2>(gradients + i * position_step + (bundle - bundles.begin) * kWeightChannels, grad_step,
                                  inputs + i * input_step + strip * kPanel, step, rows, 1, blocks,
                                  first == tile_of(slab),
-                                 totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, octet));
+                                 totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, bundle));
           }
         }
       }
@@ -129,11 +129,11 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
 }
 
 // G^T along one axis.
-RESFUSE_LANES void transform_sums(const Lanes512 (&u)[4], Lanes512 (&g)[3]) {
-  const Lanes512 half = _mm512_set1_ps(0.5f), ends = _mm512_mul_ps(half, _mm512_add_ps(u[1], u[2]));
-  g[0] = _mm512_add_ps(u[0], ends);
-  g[1] = _mm512_mul_ps(half, _mm512_sub_ps(u[1], u[2]));
-  g[2] = _mm512_add_ps(ends, u[3]);
+RESFUSE_LANES void transform_sums(const Lanes (&u)[4], Lanes (&g)[3]) {
+  const Lanes half = broadcast_lanes(0.5f), ends = half * (u[1] + u[2]);
+  g[0] = u[0] + ends;
+  g[1] = half * (u[1] - u[2]);
+  g[2] = ends + u[3];
 }
 
 // Slabs merged, positions to taps: into the first slab's place.
@@ -141,20 +141,19 @@ inline void positions_to_taps(const WeightSums& sums, float* totals) {
   const int64_t size = sums.strips.sums();
   parallel_tasks(ceil_div(size, kTaskElements), sums.size() * sums.slabs, [&](int64_t task) {
     for (int64_t i = task * kTaskElements; i < std::min(size, (task + 1) * kTaskElements); i += kLanes) {
-      Lanes512 down[4][3];  // [position across][tap down]
+      Lanes down[4][3];  // [position across][tap down]
       for (int c = 0; c < 4; ++c) {
-        Lanes512 u[4];
+        Lanes u[4];
         for (int r = 0; r < 4; ++r) {
           const float* at = totals + (r * 4 + c) * size + i;
           u[r] = load_lanes(at);
-          for (int64_t slab = 1; slab < sums.slabs; ++slab)
-            u[r] = _mm512_add_ps(u[r], load_lanes(at + slab * sums.size()));
+          for (int64_t slab = 1; slab < sums.slabs; ++slab) u[r] += load_lanes(at + slab * sums.size());
         }
         transform_sums(u, down[c]);
       }
       for (int r = 0; r < 3; ++r) {
-        const Lanes512 u[4] = {down[0][r], down[1][r], down[2][r], down[3][r]};
-        Lanes512 g[3];
+        const Lanes u[4] = {down[0][r], down[1][r], down[2][r], down[3][r]};
+        Lanes g[3];
         transform_sums(u, g);
         for (int c = 0; c < 3; ++c) store_lanes(totals + (r * 3 + c) * size + i, g[c]);
       }
@@ -175,7 +174,7 @@ void winograd_weight_gradient(const ConvShape& shape, const G& grad, const A& so
   write_weight_gradient(shape, taps, totals, layout, grad_weight);
 }
 
-}  // namespace resfuse::cpu
+}  // namespace resfuse::cpu::RESFUSE_ISA
 
 RESFUSE_TILES_END
 #endif
