@@ -23,6 +23,19 @@ def tiles_for_every_width(monkeypatch):
         monkeypatch.setattr(backends, rule, dict.fromkeys(getattr(backends, rule), 1))
 
 
+@pytest.fixture(autouse=True)
+def sound_convolutions():
+    """Without AVX-512 torch convolves without oneDNN, whose gradient of a weight writes past its memory there.
+
+    That of a strided 1x1 convolution of fewer than eight channels, channels_last, as in many small blocks:
+    uxlfoundation/oneDNN#6035.
+    """
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(torch.backends.cpu.get_cpu_capability() != "AVX2")
+    yield
+    torch._C._set_mkldnn_enabled(enabled)
+
+
 @pytest.fixture
 def poisoned():
     """Fresh memory is NaN, in C++ kernels too, and operators without a deterministic form raise."""

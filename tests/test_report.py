@@ -10,7 +10,7 @@ from bench_rows import block_row, network_row, scaling_row, serving_row, unit_ro
 from PIL import Image
 
 from resfuse import backends
-from resfuse.bench import figures, tables
+from resfuse.bench import figures, series, tables
 from resfuse.bench.records import append
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -214,18 +214,20 @@ def test_report_refuses_a_text_without_its_markers(text):
         report.replace_block(text.format(report.START, report.END), "new")
 
 
-def test_machines_have_tables_and_panels_of_their_own():
+@pytest.mark.parametrize("another", [{"device_name": "Another CPU"}, {"capability": "AVX2"}])
+def test_machines_have_tables_and_panels_of_their_own(another):
     """The machine that was measured last comes first, and no row takes the place of another machine's."""
     first, other = model_record(100.0), model_record(50.0)
-    other["environment"] = {**other["environment"], "device_name": "Another CPU", "date": "2099-01-01T00:00:00"}
+    other["environment"] = {**other["environment"], **another, "date": "2099-01-01T00:00:00"}
+    names = [series.machine_of(row) for row in (other, first)]
     text = tables.summary([first, other])
-    ours = text.index("Measured on Another CPU"), text.index(f"Measured on {first['environment']['device_name']}")
+    ours = tuple(text.index(f"Measured on {name}") for name in names)
     assert ours[0] < ours[1] and text.count("| network |") == 2
     page = tables.render([first, other], [])
     headings = [line for line in page.splitlines() if line.startswith("## ")]
-    assert headings == ["## Another CPU", f"## {first['environment']['device_name']}"]
+    assert headings == [f"## {name}" for name in names]
     assert "## " not in tables.render([first], []).replace("### ", "")
     first["suite"] = other["suite"] = "models"
     titles = [panel.title for panel in figures.networks([first, other])]
-    assert titles == ["Training step, Another CPU", f"Training step, {first['environment']['device_name']}"]
+    assert titles == [f"Training step, {name}" for name in names]
     assert [panel.title for panel in figures.networks([other])] == ["Training step"]

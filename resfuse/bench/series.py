@@ -108,7 +108,7 @@ def _measured(row: Record) -> Measured:
     subject = " ".join(row[key] for key in ("model", "name") if row.get(key))
     cell = Cell(
         row["suite"], subject, row.get("mode", "inference"), row["dtype"], row.get("batch"), row.get("size"),
-        where["device_name"], where["threads"],
+        machine_of(row), where["threads"],
     )  # fmt: skip
     variants = row["variants"] if "variants" in row else {row["variant"]: row}
     named = ((name.partition("/"), found) for name, found in row.get("ratios", {}).items())
@@ -148,9 +148,15 @@ def newest(rows: Iterable[Record], *keys: str) -> list[Record]:
     return list({repr([row.get(key) for key in keys]): row for row in rows}.values())
 
 
+def machine_of(row: Record) -> str:
+    """The processor or GPU of a row, and its instruction set: a cloud gives many processors one name."""
+    where = row["environment"]
+    return f"{where['device_name']} ({where['capability']})"
+
+
 def machines(rows: Iterable[Record]) -> list[str]:
     """The processors and GPUs of some rows, the one that was measured last first: rows of two are never compared."""
-    return list(dict.fromkeys(row["environment"]["device_name"] for row in list(rows)[::-1]))
+    return list(dict.fromkeys(machine_of(row) for row in list(rows)[::-1]))
 
 
 def units(rows: Iterable[Record]) -> list[Record]:

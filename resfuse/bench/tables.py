@@ -78,7 +78,7 @@ def summary(models: Iterable[Record]) -> str:
 
 
 def _on(machine: str, rows: Iterable[Record]) -> list[Record]:
-    return [row for row in rows if row["environment"]["device_name"] == machine]
+    return [row for row in rows if series.machine_of(row) == machine]
 
 
 def render(

@@ -98,7 +98,7 @@ def _none(what: str, command: str = "") -> str:
 
 
 def _by_device(rows: Iterable[Record]) -> list[list[Record]]:
-    return list(series.grouped(rows, lambda row: row["environment"]["device_name"]).values())
+    return list(series.grouped(rows, series.machine_of).values())
 
 
 def _speeds(found: Sequence[Measured]) -> list[Chart]:
