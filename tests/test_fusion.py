@@ -196,7 +196,8 @@ def test_training_step_is_as_exact_as_stock(name, layout):
 def test_training_step_under_autocast(name, layout):
     stock = build(name).to(memory_format=layout)
     exact, fused = copy.deepcopy(stock).double(), resfuse.fuse(copy.deepcopy(stock))
-    x, target = torch.randn(4, 3, 64, 64).to(memory_format=layout), torch.randint(10, (4,))
+    # losses of four images may be off by a quarter of what is usual, and by four times: sixteen are not
+    x, target = torch.randn(16, 3, 64, 64).to(memory_format=layout), torch.randint(10, (16,))
     ours, theirs = (step(model, x, target=target, autocast=True) for model in (fused, stock))
     wanted = step(exact, x.double(), target=target)
     # through this many layers, bfloat16 gradients are off by tenths: they must only be longer than their bound
