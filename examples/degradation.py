@@ -67,7 +67,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    depths=(8, 26), widths=(16, 16, 16), size=16, train_images=2000, test_images=500, batch_size=32, steps=350,
+    depths=(8, 26), widths=(16, 16, 16), size=14, train_images=2000, test_images=500, batch_size=32, steps=350,
     points=10, surface_points=11, surface_images=200,
 )  # fmt: skip
 
