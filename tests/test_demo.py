@@ -178,6 +178,17 @@ def test_the_digits_are_split_without_overlap():
         data.load_digits(4000, 1001)
 
 
+def test_what_torch_emulates_gets_fewer_photographs(monkeypatch):
+    monkeypatch.setattr(settings, "_emulated", lambda dtype: dtype == "bfloat16")
+    photos = data.normalise(data.load_photos(2, 64))
+    small = settings.Settings("resnet18", 2, 64, 2, emulated_photos=1, emulated_rounds=1)
+    for part in (parity, speed):
+        seen = []
+        found = part.measure(photos, small, None, lambda seen=seen: seen.append(1))
+        assert len(seen) == part.ticks(small)
+    assert [record["batch"] for record in found] == [2, 1]
+
+
 def test_ticks_are_as_many_as_announced():
     counts = []
     photos = data.normalise(data.load_photos(2, 64))

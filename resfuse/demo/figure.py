@@ -130,7 +130,10 @@ def _times(axis: Axes, speed: list[dict[str, Any]]) -> None:
     notes = [f"{1 / cell['ratio']['of_medians']:.2f}x" for _, cell in cells]
     _bars(axis, [label for label, _ in cells], bars, spans, notes)
     axis.legend(loc="upper right", frameon=False, fontsize=8.5)
-    axis.set_title(f"Time of a batch of {speed[0]['batch']}")
+    batches = {record["dtype"]: record["batch"] for record in speed}
+    one = len(set(batches.values())) == 1
+    sizes = speed[0]["batch"] if one else ", ".join(f"{size} ({dtype})" for dtype, size in batches.items())
+    axis.set_title(f"Time of a batch of {sizes}")
     axis.set_ylabel("ms, median with p20 to p80; above: speed-up", fontsize=8.5)
 
 

@@ -27,7 +27,7 @@ _RUNS = (
 
 def ticks(settings: Settings) -> int:
     """How often :func:`measure` calls tick."""
-    return 1 + len(_RUNS) * len(settings.dtypes)
+    return len({settings.photos_of(name) for name in settings.dtypes}) + len(_RUNS) * len(settings.dtypes)
 
 
 def build(library: str, network: str, seed: int = 0) -> nn.Module:
@@ -44,7 +44,7 @@ def to_layout(model: nn.Module, layout: torch.memory_format) -> nn.Module:
 
 
 def measure(photos: Tensor, settings: Settings, backend: str | None, tick: Callable[[], object]) -> dict[str, Any]:
-    """Run the step in float64 once, then in every dtype by stock and fused networks from the same weights.
+    """Run the step in every dtype by stock and fused networks from the same weights, and in float64 beside them.
 
     Args:
         photos (Tensor): (N, 3, H, W) float32, normalised; image i has label i.
@@ -59,11 +59,15 @@ def measure(photos: Tensor, settings: Settings, backend: str | None, tick: Calla
     networks = {"torchvision": parity.condition(build("torchvision", settings.network))}
     networks["resfuse"] = build("resfuse", settings.network)
     networks["resfuse"].load_state_dict(networks["torchvision"].state_dict())
-    labels = torch.arange(len(photos))
-    exact = parity.training_step(copy.deepcopy(networks["torchvision"]).double(), photos.double(), labels)
-    tick()
+    exact: dict[int, parity.Step] = {}
     found = {}
     for name in settings.dtypes:
+        images = photos[: settings.photos_of(name)]
+        labels = torch.arange(len(images))
+        if len(images) not in exact:
+            double = copy.deepcopy(networks["torchvision"]).double()
+            exact[len(images)] = parity.training_step(double, images.double(), labels)
+            tick()
         dtype = getattr(torch, name)
         autocast = None if dtype == torch.float32 else dtype
         steps: dict[str, parity.Step] = {}
@@ -71,9 +75,9 @@ def measure(photos: Tensor, settings: Settings, backend: str | None, tick: Calla
             model = to_layout(copy.deepcopy(networks[library]), layout)
             if fused:
                 fuse(model, backend=backend, strict=True)
-            steps[label] = parity.training_step(model, photos.contiguous(memory_format=layout), labels, autocast)
+            steps[label] = parity.training_step(model, images.contiguous(memory_format=layout), labels, autocast)
             tick()
-        found[name] = _judged(steps, exact, dtype)
+        found[name] = _judged(steps, exact[len(images)], dtype)
     return {"dtypes": found, "holds": all(v["holds"] for d in found.values() for v in d["verdicts"])}
 
 

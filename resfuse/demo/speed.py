@@ -21,7 +21,7 @@ _WARMUP = 2
 
 def ticks(settings: Settings) -> int:
     """How often :func:`measure` calls tick."""
-    return len(settings.dtypes) * 2 * (3 * settings.rounds + 2 * _WARMUP)
+    return sum(2 * (3 * settings.rounds_of(name) + 2 * _WARMUP) for name in settings.dtypes)
 
 
 def measure(
@@ -41,15 +41,16 @@ def measure(
     """
     found = []
     for name in settings.dtypes:
+        images, rounds = photos[: settings.photos_of(name)], settings.rounds_of(name)
         autocast = None if name == "float32" else getattr(torch, name)
         stock = to_layout(build("torchvision", settings.network), torch.channels_last)
         models = {"stock": stock, "fused": fuse(copy.deepcopy(stock), backend=backend, strict=True)}
-        record: dict[str, Any] = {"dtype": name, "batch": len(photos), "size": settings.photo_size}
-        record["saved_bytes"] = {n: _saved_bytes(model, photos, autocast) for n, model in models.items()}
-        steps = {n: training_step(model, photos, autocast) for n, model in models.items()}
-        record["training"] = _summary(interleave(steps, rounds=settings.rounds, warmup=_WARMUP, tick=tick))
-        passes = {n: inference_pass(model, photos, autocast) for n, model in models.items()}
-        record["inference"] = _summary(interleave(passes, rounds=2 * settings.rounds, warmup=_WARMUP, tick=tick))
+        record: dict[str, Any] = {"dtype": name, "batch": len(images), "size": settings.photo_size}
+        record["saved_bytes"] = {n: _saved_bytes(model, images, autocast) for n, model in models.items()}
+        steps = {n: training_step(model, images, autocast) for n, model in models.items()}
+        record["training"] = _summary(interleave(steps, rounds=rounds, warmup=_WARMUP, tick=tick))
+        passes = {n: inference_pass(model, images, autocast) for n, model in models.items()}
+        record["inference"] = _summary(interleave(passes, rounds=2 * rounds, warmup=_WARMUP, tick=tick))
         found.append(record)
     return found
 

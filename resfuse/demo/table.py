@@ -128,6 +128,12 @@ def notes(report: dict[str, Any]) -> list[str]:
         "forward, backward and SGD; bfloat16 is autocast. 1.20x (1.10x): 1.20 times as fast by the ratio of medians, "
         "1.10 by the median of the ratios within rounds."
     )
+    found += [
+        f"PyTorch emulates convolutions in {record['dtype']} on this processor, at many times the time: they run on "
+        f"{record['batch']} photographs, in fewer rounds."
+        for record in report["speed"]
+        if record["batch"] < settings["photos"]
+    ]
     found.append(
         f"Digits: {settings['train_digits']} real ones to train, {settings['test_digits']} others to test, epochs: "
         f"{settings['epochs']}; both networks take the same batches in lockstep."
