@@ -26,7 +26,7 @@ RESFUSE_LANES void prefetch_panel(const T* image, int64_t channels, int64_t pixe
   const int64_t stride = step * channels * static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < count; ++i, at += stride) {
     _mm_prefetch(at, _MM_HINT_T0);
-    if constexpr (sizeof(T) == 4) _mm_prefetch(at + kLine, _MM_HINT_T0);
+    if constexpr (kPanel * sizeof(T) > kLine) _mm_prefetch(at + kLine, _MM_HINT_T0);
   }
 }
 

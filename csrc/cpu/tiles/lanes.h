@@ -49,6 +49,14 @@ RESFUSE_LANES LaneMask lane_mask(int64_t begin, int64_t first, int64_t last) {
   return begin >= first ? mask : static_cast<LaneMask>(mask & ~lane_mask(begin, first));
 }
 
+RESFUSE_LANES Lanes load_lanes(const BFloat16* from, LaneMask mask = kAllLanes) {
+  return widen_halves(load_halves(from, mask));
+}
+template <class T>
+RESFUSE_LANES void store_lanes(T* to, Lanes value, LaneMask mask = kAllLanes) {
+  store_halves(to, round_halves(value, T{}), mask);
+}
+
 // The value that a later reader of the stored result will see.
 template <class T>
 RESFUSE_LANES Lanes round_lanes(Lanes value) {

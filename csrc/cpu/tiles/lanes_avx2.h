@@ -73,9 +73,6 @@ RESFUSE_LANES void store_halves(BFloat16* to, Halves half, LaneMask mask = kAllL
 RESFUSE_LANES Lanes load_lanes(const float* from, LaneMask mask = kAllLanes) {
   return mask == kAllLanes ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, spread_mask(mask));
 }
-RESFUSE_LANES Lanes load_lanes(const BFloat16* from, LaneMask mask = kAllLanes) {
-  return widen_halves(load_halves(from, mask));
-}
 
 // Rounded to nearest, ties to even, as math.h's store.
 RESFUSE_LANES Halves round_halves(Lanes value, BFloat16) {
@@ -90,9 +87,6 @@ RESFUSE_LANES Halves round_halves(Lanes value, BFloat16) {
 RESFUSE_LANES void store_lanes(float* to, Lanes value, LaneMask mask = kAllLanes) {
   if (mask == kAllLanes) return _mm256_storeu_ps(to, value);
   _mm256_maskstore_ps(to, spread_mask(mask), value);
-}
-RESFUSE_LANES void store_lanes(BFloat16* to, Lanes value, LaneMask mask = kAllLanes) {
-  store_halves(to, round_halves(value, BFloat16{}), mask);
 }
 
 // Sums in double of float lanes.

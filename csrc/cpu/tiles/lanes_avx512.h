@@ -62,9 +62,6 @@ RESFUSE_LANES void store_halves(BFloat16* to, Halves half, LaneMask mask = kAllL
 RESFUSE_LANES Lanes load_lanes(const float* from, LaneMask mask = kAllLanes) {
   return mask == kAllLanes ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(mask, from);
 }
-RESFUSE_LANES Lanes load_lanes(const BFloat16* from, LaneMask mask = kAllLanes) {
-  return widen_halves(load_halves(from, mask));
-}
 
 // Rounded to nearest, ties to even; subnormal results are zero.
 RESFUSE_LANES Halves round_halves(Lanes value, BFloat16) { return (__m256i)_mm512_cvtneps_pbh(value); }
@@ -82,10 +79,6 @@ RESFUSE_LANES Halves round_halves(Lanes value, WideBFloat16) {
 RESFUSE_LANES void store_lanes(float* to, Lanes value, LaneMask mask = kAllLanes) {
   if (mask == kAllLanes) return _mm512_storeu_ps(to, value);
   _mm512_mask_storeu_ps(to, mask, value);
-}
-template <class T>
-RESFUSE_LANES void store_lanes(T* to, Lanes value, LaneMask mask = kAllLanes) {
-  store_halves(to, round_halves(value, T{}), mask);
 }
 
 // Sums in double of float lanes.

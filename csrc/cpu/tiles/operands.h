@@ -78,7 +78,7 @@ class PaddedVectors {
   }
   // zeros
   float* fresh(int64_t count) {
-    // beyond whole panels, what a vector reads that begins at any multiple of eight channels
+    // beyond whole panels, what a vector reads that begins at any channel
     pieces_.emplace_back(static_cast<size_t>(round_up(count, 32) + 32), 0.0f);
     return pieces_.back().data();
   }

@@ -1,6 +1,6 @@
 // Weights as panels: for a panel's channels side by side, every unit of the inner product in the order of its taps.
 //
-// A panel's lanes are output channels of the product: K forward, C backward to the input. Weights are rounded to the
+// A panel's lanes are output channels of the product: K forward, C backward to the input. Weights are rounded to
 // what is multiplied here, so that float32 parameters need no cast beside bfloat16 activations. Of a grouped weight,
 // what a lane reads of other groups is zero.
 #pragma once
