@@ -16,7 +16,7 @@ WIDEST = 16  # lanes of AVX-512
 def test_avx2_passes_the_tests_of_tile_kernels():
     names = ("test_tiles.py", "test_bfloat16_tiles.py", "test_tile_engine.py", "test_winograd.py", "test_groups.py")
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", *(Path(__file__).with_name(n) for n in names)],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", *(Path(__file__).with_name(n) for n in names)],
         env={**os.environ, "RESFUSE_AVX512": "0"}, capture_output=True, text=True, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert found.returncode == 0 and " passed" in found.stdout, found.stdout[-4000:] + found.stderr[-2000:]

@@ -53,7 +53,7 @@ def test_what_is_multiplied_as_float_passes_the_same_tests():
     selected = "bfloat16 and (conv_stats or conv_act or second_moments or folding)"
     files = [str(Path(__file__).with_name(name)) for name in ("test_tiles.py", "test_folded_blocks.py")]
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-k", selected, *files],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-k", selected, *files],
         env={**os.environ, "RESFUSE_AVX512_BF16": "0"}, capture_output=True, text=True, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert found.returncode == 0 and " passed" in found.stdout, found.stdout[-4000:] + found.stderr[-2000:]

@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_act(const Tensor& x, const OptionalTenso
       const JoinedProduct<T, W> product(shape, other);
       return run(product, product.plan, product.slabs);
     }
-    const Convolution<T> product(shape, false);
+    const Convolution<T, W> product(shape, false);
     run(product, product.plan(), product.slabs());
   });
 #endif

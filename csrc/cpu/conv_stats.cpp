@@ -13,7 +13,7 @@ RESFUSE_TILES_BEGIN
 template <class T, class W>
 void conv_stats_tiles(const ConvShape& shape, const Activation<T>& source, const W* weight, const WeightLayout& layout,
                       T* y, float* mean, float* var) {
-  const Convolution<T> product(shape, false);
+  const Convolution<T, W> product(shape, false);
   OutputMoments moments(product.plan(), product.slabs(), mean != nullptr);
   product.run(source, weight, layout, WithMoments<T>{y, shape.out_channels, moments});
   moments.write(mean, var);

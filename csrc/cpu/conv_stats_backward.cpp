@@ -15,7 +15,7 @@ RESFUSE_TILES_BEGIN
 template <class T, class W>
 void input_gradient_tiles(const ConvShape& shape, const OutputGradient<T>& grad, const W* weight,
                           const WeightLayout& layout, InputGradient<T> epilogue, float* sums_out) {
-  const Convolution<T> product(shape, true);
+  const Convolution<T, W> product(shape, true);
   SlabSums sums(sums_out == nullptr ? 0 : product.slabs().slabs, shape.in_channels, 2);
   epilogue.sums = &sums;
   product.run(grad, weight, layout, epilogue);
@@ -26,9 +26,8 @@ void input_gradient_tiles(const ConvShape& shape, const OutputGradient<T>& grad,
 template <class T, class W>
 void gradient_of_weight(const ConvShape& shape, const OutputGradient<T>& grad, const Activation<T>& source,
                         const WeightLayout& layout, W* grad_weight) {
-  if constexpr (kUnit<T> == 1) {
-    if (winograd_pays<T>(shape)) return winograd_weight_gradient(shape, grad, source, layout, grad_weight);
-  }
+  if (winograd_pays<T, W>(shape))
+    return winograd_weight_gradient<unit_t<T>>(shape, grad.wide(), source.wide(), layout, grad_weight);
   weight_gradient_tiles<T>(shape, grad, source, layout, grad_weight);
 }
 

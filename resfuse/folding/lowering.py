@@ -70,10 +70,24 @@ def _padded(vector: Tensor) -> Tensor:
 
 
 def _winograd_weight(weight: Tensor) -> Tensor:
-    """G g G^T by position, each packed: (Lavin and Gray) for F(2x2, 3x3)."""
+    """G g G^T by position, each packed: (Lavin and Gray) for F(2x2, 3x3). Little is held beside the result."""
     g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-    transformed = torch.einsum("ai,kcij,bj->abkc", g, weight.double(), g).flatten(0, 1).to(weight.dtype)
-    return torch.cat([ops.pack_weight(one[:, :, None, None], 1) for one in transformed])
+    packed = []
+    for down in g:
+        taps = _combined(down, weight.unbind(2))
+        for across in g:
+            position = _combined(across, taps.unbind(2)).to(weight.dtype)
+            packed.append(ops.pack_weight(position[:, :, None, None], 1))
+    return torch.cat(packed)
+
+
+def _combined(factors: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """The sum of factor * part, in float64."""
+    total = torch.zeros_like(parts[0], dtype=torch.float64)
+    for factor, part in zip(factors.tolist(), parts, strict=True):
+        if factor != 0:
+            total.add_(part, alpha=factor)
+    return total
 
 
 def _narrow_weight(weight: Tensor, channels: int) -> Tensor:
@@ -129,12 +143,11 @@ class _Draft:
         return channels, height, width
 
     def _winograd(self, step: plans.Convolution) -> bool:
-        """Whether F(2x2, 3x3) computes a convolution: in float32 only, its sums lose too much in bfloat16."""
+        """Whether F(2x2, 3x3) computes a convolution."""
         weight = self.lowering.weights[step.weight]
         _, height, width = self.shapes[step.input]
         return (
-            self.dtype == torch.float32
-            and tuple(weight[2:]) == (3, 3)
+            tuple(weight[2:]) == (3, 3)
             and (step.stride, step.padding, step.dilation, step.groups) == ((1, 1), (1, 1), (1, 1), 1)
             and min(weight[:2]) >= PANEL
             and self.images * -(-height // 2) * -(-width // 2) >= _MIN_PIECES

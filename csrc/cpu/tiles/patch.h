@@ -24,6 +24,14 @@ int64_t pixel_units(int64_t channels) {
   return (ceil_div(bytes, 64) | 1) * 16;
 }
 
+// A storage type whose values are floats from the load on, where T's are multiplied in pairs.
+template <class T>
+using wide_t = std::conditional_t<kUnit<T> == 1, T, WideBFloat16>;
+template <class T>
+const wide_t<T>* as_wide(const T* values) {
+  return reinterpret_cast<const wide_t<T>*>(values);
+}
+
 // A vector of values as they lie in a patch: floats, or the halves that are multiplied in pairs.
 RESFUSE_LANES Lanes rounded(Lanes value, float) { return value; }
 RESFUSE_LANES Lanes rounded(Lanes value, WideBFloat16) { return value; }
@@ -50,6 +58,7 @@ struct Activation {
     to.add(x + pixel * channels, pixels * channels * static_cast<int64_t>(sizeof(T)));
   }
   bool computed() const { return scale != nullptr; }
+  Activation<wide_t<T>> wide() const { return {as_wide(x), channels, scale, shift, relu}; }
 
   template <bool kComputed>
   RESFUSE_LANES auto get(int64_t pixel, int64_t c, LaneMask mask) const {
@@ -81,6 +90,9 @@ struct OutputGradient {
     if (y != nullptr) to.add(y + pixel * channels, bytes);
   }
   bool computed() const { return y != nullptr; }
+  OutputGradient<wide_t<T>> wide() const {
+    return {as_wide(grad), as_wide(y), channels, scale, shift, mean, constant, slope};
+  }
 
   template <bool kComputed>
   RESFUSE_LANES auto get(int64_t pixel, int64_t c, LaneMask mask) const {

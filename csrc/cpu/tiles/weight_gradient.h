@@ -17,9 +17,16 @@ namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kWeightPixels = 224;            // of a tile: sums are read and written once for so many products
 constexpr int64_t kWeightPatchBytes = 768 << 10;  // the input's side of a tile stays in L2
-constexpr int64_t kWeightTasks = 16;
+constexpr int64_t kWeightTasks = 16;          // slabs, at most
 constexpr int64_t kMomentSlabs = 256;  // of a symmetric product: a float sum runs over one tile, where memory allows
 constexpr int64_t kWeightSlabBytes = int64_t{4} << 20;  // the sums of all slabs together
+
+// Tasks that are worth what each of them fills again: enough for threads to finish together. What a task sums does not
+// depend on it.
+inline int64_t weight_tasks() {
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads == 1 ? 1 : 2 * threads;
+}
 
 // Channels of c side by side, `lanes` at a time, and the bundles of k (of kWeightChannels) that each strip wants. A
 // strip is a panel, or half of one where a grouped convolution then sums fewer pairs of channels that share no group.
@@ -74,7 +81,7 @@ struct WeightSums {
     const int64_t most = symmetric ? kMomentSlabs : kWeightTasks;
     slabs = std::clamp<int64_t>(kWeightSlabBytes / bytes, 1, std::min<int64_t>(plan.tiles(), most));
     const bool by_strips = taps == 1 && plan.in_channels > plan.out_channels && plan.groups == 1 && !once;
-    share_out(ceil_div(kWeightTasks, slabs), by_strips);
+    share_out(ceil_div(weight_tasks(), slabs), by_strips);
   }
   int64_t size() const { return taps * strips.sums(); }
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }

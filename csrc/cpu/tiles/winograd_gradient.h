@@ -1,9 +1,10 @@
 // The gradient of a 3x3 convolution's weight by Winograd's F(2x2, 3x3): the derivative of winograd.h's forward.
 //
-//   dU[position] = sum over blocks of (A dY A^T)[position]^T (B^T d B)[position]      16 products (K x blocks)(blocks x
-//   C) dW = G^T dU G
-// dY of a block is 2x2, d is 4x4. Tasks share slabs of tiles, as elsewhere; where sums are large and slabs few, they
-// share rows of positions and output channels too. Slabs are merged in order when dU is transformed back.
+//   dU[position] = sum over blocks of (A dY A^T)[position]^T (B^T d B)[position]     16 products (K x blocks)(blocks x C)
+//   dW = G^T dU G
+// dY of a block is 2x2, d is 4x4; for bfloat16 neighbouring blocks form one unit. Tasks share slabs of tiles, as
+// elsewhere; where sums are large and slabs few, they share rows of positions and output channels too. Slabs are merged
+// in order when dU is transformed back.
 #pragma once
 
 #include "weight_gradient.h"
@@ -25,30 +26,80 @@ RESFUSE_LANES void transform_gradient(Lanes first, Lanes second, Lanes (&m)[4]) 
   m[3] = zero_lanes() - second;
 }
 
+// Steps of the sum over blocks, of so many positions: winograd.h's rows in float, or two blocks to a unit.
+template <class U>
+struct BlockSteps : BlockRows<U> {
+  BlockSteps(U* to, int64_t step, int64_t position_step, int64_t) : BlockRows<U>{to, step, position_step} {}
+};
+
+#ifndef RESFUSE_AVX2
+// A run may begin or end in the middle of a unit.
+template <>
+class BlockSteps<uint32_t> {
+ public:
+  BlockSteps(uint32_t* to, int64_t step, int64_t position_step, int64_t positions)
+      : to_(to), step_(step), position_step_(position_step), positions_(positions) {}
+
+  RESFUSE_LANES void begin(int64_t block, int64_t c) {
+    if (block % 2 == 1)
+      for (int64_t i = 0; i < positions_; ++i) first_[i] = first_of_pairs(load_units(at(block, i, c)));
+  }
+  RESFUSE_LANES void put(int64_t block, int64_t position, int64_t c, Lanes value) {
+    if (block % 2 == 0) {
+      first_[position] = value;
+    } else {
+      store_units(at(block, position, c), round_pairs(first_[position], value, BFloat16{}));
+    }
+  }
+  RESFUSE_LANES void end(int64_t block, int64_t c) {
+    if (block % 2 == 1)
+      for (int64_t i = 0; i < positions_; ++i)
+        store_units(at(block, i, c), round_pairs(first_[i], zero_lanes(), BFloat16{}));
+  }
+
+ private:
+  uint32_t* at(int64_t block, int64_t position, int64_t c) const {
+    return to_ + position * position_step_ + block / 2 * step_ + c;
+  }
+
+  uint32_t* to_;
+  int64_t step_, position_step_, positions_;
+  Lanes first_[kPositions] = {};  // of each position, where a unit still lacks its second block
+};
+#endif
+
+// Blocks to a step of the sum.
+template <class U>
+constexpr int64_t kStepBlocks = std::is_same_v<U, float> ? 1 : 2;
+
 // Rows `positions` of A dY A^T of one tile's blocks, for output channels [begin, end): 4 positions to a row.
-template <bool kComputed, class G>
+template <bool kComputed, class G, class B>
 void transform_gradients(const Plan& plan, const Tile& tile, const G& grad, Range channels, Range positions,
-                         int64_t step, float* to, int64_t position_step) {
+                         int64_t block, B blocks) {
   const int64_t width = plan.width.out, image = (tile.image * plan.height.out + tile.row) * width;
-  for (int64_t row = 0; row < tile.rows; row += 2) {
-    for (int64_t column = 0; column < tile.columns; column += 2, to += step) {
-      const bool below = row + 1 < tile.rows, right = column + 1 < tile.columns;
-      const int64_t pixel = image + row * width + column;
-      for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
-        const LaneMask mask = lane_mask(c, channels.end);
-        const auto get = [&](bool inside, int64_t at) RESFUSE_INLINE_LAMBDA {
-          return inside ? grad.template get<kComputed>(at, c, mask) : zero_lanes();
-        };
+  const int64_t across = ceil_div(tile.columns, 2);
+  for (int64_t row = 0; row < tile.rows; row += 2, block += across) {
+    const bool below = row + 1 < tile.rows;
+    for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
+      const LaneMask mask = lane_mask(c, channels.end);
+      const auto get = [&](bool inside, int64_t at) RESFUSE_INLINE_LAMBDA {
+        return inside ? grad.template get<kComputed>(at, c, mask) : zero_lanes();
+      };
+      blocks.begin(block, c - channels.begin);
+      for (int64_t i = 0; i < across; ++i) {
+        const bool right = 2 * i + 1 < tile.columns;
+        const int64_t pixel = image + row * width + 2 * i;
         Lanes down[2][4];
         transform_gradient(get(true, pixel), get(below, pixel + width), down[0]);
         transform_gradient(get(right, pixel + 1), get(below && right, pixel + width + 1), down[1]);
-        float* at = to + c - channels.begin;
-        for (int64_t r = positions.begin; r < positions.end; ++r, at += 4 * position_step) {
+        for (int64_t r = positions.begin; r < positions.end; ++r) {
           Lanes m[4];
           transform_gradient(down[0][r], down[1][r], m);
-          for (int i = 0; i < 4; ++i) store_lanes(at + i * position_step, m[i]);
+          for (int j = 0; j < 4; ++j)
+            blocks.put(block + i, (r - positions.begin) * 4 + j, c - channels.begin, m[j]);
         }
       }
+      blocks.end(block + across, c - channels.begin);
     }
   }
 }
@@ -58,8 +109,8 @@ struct GradientShares {
   int64_t rows, parts, bundles;
 
   explicit GradientShares(const WeightSums& sums)
-      : rows(sums.slabs < kWeightTasks ? 1 : 4),
-        parts(std::min(ceil_div(kWeightTasks * rows, sums.slabs * 4), sums.bundles)),
+      : rows(sums.slabs < weight_tasks() ? 1 : 4),
+        parts(std::min(ceil_div(weight_tasks() * rows, sums.slabs * 4), sums.bundles)),
         bundles(sums.bundles) {}
   int64_t count() const { return 4 / rows * parts; }
   Range positions(int64_t share) const { return {share / parts * rows, share / parts * rows + rows}; }
@@ -70,12 +121,12 @@ struct GradientShares {
 };
 
 // Into `totals`, (slabs, size) of sums.
-template <class G, class A>
+template <class U, class G, class A>
 void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& input, const WeightSums& sums,
                            const GradientShares& shares, float* totals) {
-  const int64_t tiles = plan.tiles(), step = plan.step, input_step = plan.blocks * step;
+  const int64_t tiles = plan.tiles(), step = plan.block_step, most_steps = ceil_div(plan.blocks, kStepBlocks<U>);
   const int64_t grad_step = pixel_units<float>(shares.most_bundles() * kWeightChannels);
-  const int64_t position_step = plan.blocks * grad_step, count = shares.count();
+  const int64_t input_step = most_steps * step, position_step = most_steps * grad_step, count = shares.count();
   const int64_t work = plan.images * plan.height.out * plan.width.out * plan.out_channels * 16;
   const int64_t workers = workers_for(sums.slabs * count, work);
   parallel_tasks(sums.slabs * count, work, [&](int64_t task) {
@@ -83,13 +134,15 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
     const Range positions = shares.positions(task % count), bundles = shares.bundles_of(task % count);
     const Range channels{bundles.begin * kWeightChannels, std::min(bundles.end * kWeightChannels, plan.out_channels)};
     // the last strip of the inputs may be read as a whole panel
-    const int64_t sizes[3] = {plan.whole_patch() * step, shares.rows * 4 * input_step + kPanel,
-                              shares.rows * 4 * position_step};
-    int64_t bytes = 0;
-    for (const int64_t floats : sizes) bytes += Carver::bytes_of<float>(floats);
-    Carver carver(static_cast<char*>(workspace_bytes(Slot::kTile, bytes)));
-    float *patch = carver.take<float>(sizes[0]), *inputs = carver.take<float>(sizes[1]);
-    float* gradients = carver.take<float>(sizes[2]);
+    const int64_t patch_size = plan.whole_patch() * plan.step, inputs_size = shares.rows * 4 * input_step + kPanel;
+    const int64_t gradients_size = shares.rows * 4 * position_step;
+    Carver carver(static_cast<char*>(
+        workspace_bytes(Slot::kTile, Carver::bytes_of<float>(patch_size) + Carver::bytes_of<U>(inputs_size) +
+                                         Carver::bytes_of<U>(gradients_size))));
+    float* patch = carver.take<float>(patch_size);
+    U *inputs = carver.take<U>(inputs_size), *gradients = carver.take<U>(gradients_size);
+    const BlockSteps<U> input_steps(inputs, step, input_step, shares.rows * 4);
+    const BlockSteps<U> gradient_steps(gradients, grad_step, position_step, shares.rows * 4);
     const auto tile_of = [&](int64_t at) { return at * tiles / sums.slabs; };
     const int64_t last = tile_of(slab + 1), later = (task + workers) / count;
     for (int64_t first = tile_of(slab); first < last; first += plan.group) {
@@ -97,11 +150,11 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
       int64_t blocks = 0;
       for (int64_t index = first; index < end; ++index) {
         const Tile tile = plan.tile(index), whole = WinogradPlan::whole(tile);
-        fill_patch(plan, whole, input, 0, plan.in_channels, patch, step);
-        transform_patch(patch, whole.rows, whole.columns, plan.in_channels, step, inputs + blocks * step, input_step,
-                        positions);
-        const auto transform = grad.computed() ? transform_gradients<true, G> : transform_gradients<false, G>;
-        transform(plan, tile, grad, channels, positions, grad_step, gradients + blocks * grad_step, position_step);
+        fill_patch(plan, whole, input, 0, plan.in_channels, patch, plan.step);
+        transform_patch(patch, whole.rows, whole.columns, plan.in_channels, plan.step, blocks, input_steps, positions);
+        const auto transform =
+            grad.computed() ? transform_gradients<true, G, BlockSteps<U>> : transform_gradients<false, G, BlockSteps<U>>;
+        transform(plan, tile, grad, channels, positions, blocks, gradient_steps);
         blocks += whole.rows / 2 * (whole.columns / 2);
       }
       Prefetcher next;
@@ -117,8 +170,8 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
         for (int64_t strip = 0; strip < sums.strips.count(); ++strip) {
           for (int64_t bundle = bundles.begin; bundle < bundles.end; ++bundle) {
             next.step();
-            accumulate<float, 2>(gradients + i * position_step + (bundle - bundles.begin) * kWeightChannels, grad_step,
-                                 inputs + i * input_step + strip * kPanel, step, rows, 1, blocks,
+            accumulate<U, 2>(gradients + i * position_step + (bundle - bundles.begin) * kWeightChannels, grad_step,
+                                 inputs + i * input_step + strip * kPanel, step, rows, 1, ceil_div(blocks, kStepBlocks<U>),
                                  first == tile_of(slab),
                                  totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, bundle));
           }
@@ -161,13 +214,13 @@ inline void positions_to_taps(const WeightSums& sums, float* totals) {
   });
 }
 
-template <class W, class G, class A>
+template <class U, class W, class G, class A>
 void winograd_weight_gradient(const ConvShape& shape, const G& grad, const A& source, const WeightLayout& layout,
                               W* grad_weight) {
-  const WinogradPlan plan(shape, false, kGradientPixels, kGradientBlocks);
+  const WinogradPlan plan(shape, false, pixel_units<float>(shape.in_channels), kGradientPixels, kGradientBlocks);
   const WeightSums sums(plan, kPositions);
   float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
-  sum_winograd_gradient(plan, grad, source, sums, GradientShares(sums), totals);
+  sum_winograd_gradient<U>(plan, grad, source, sums, GradientShares(sums), totals);
   positions_to_taps(sums, totals);
   WeightSums taps(plan, shape.taps());
   taps.slabs = 1;
