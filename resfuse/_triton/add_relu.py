@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.tiles import activate, active_gradient
 from resfuse._triton.walk import beside
 
 _BYTES = 8192  # of each operand, for each program
 
 
+@Kernel
 @triton.jit
 def add_relu_kernel(x_ptr, residual_ptr, out_ptr, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -25,6 +27,7 @@ def add_relu_kernel(x_ptr, residual_ptr, out_ptr, size, COMPUTE: tl.constexpr, B
     tl.store(out_ptr + at, activate(z, True).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@Kernel
 @triton.jit
 def add_relu_backward_kernel(grad_ptr, out_ptr, grad_in_ptr, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -28,12 +28,14 @@ from resfuse._triton.gemm import (
     source_pixels,
     tile_rows,
 )
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.launch import check_image, check_prologue, check_vector, precision
 from resfuse._triton.merge import merge_moments as merge_slabs
 from resfuse._triton.schedule import act_schedule
 from resfuse._triton.tiles import activate, dot, merge_moments, normalized, tile_moments
 
 
+@Kernel
 @triton.jit(do_not_specialize=["images", "height", "width", "branch_height", "branch_width", "tiles", "slab_tiles"])
 def conv_act_kernel(
     x_ptr,  # (images, source height, source width, groups*channels)

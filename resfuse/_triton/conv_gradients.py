@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from resfuse._triton.gemm import load_activation, result_pixels, source_pixels, tile_rows
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.tiles import active_gradient, dot, scale_and_shift
 
 
@@ -49,6 +50,7 @@ def load_transposed_weight(weight_ptr, k, k_valid, tap, taps, c, c_valid, channe
     return tl.load(weight_ptr + at, mask=k_valid[:, None] & c_valid[None, :], other=0.0)
 
 
+@Kernel
 @triton.jit(
     do_not_specialize=["count", "images", "height", "width", "kernel_width", "tiles", "slab_tiles", "first_slab"]
 )
@@ -148,6 +150,7 @@ def input_gradient_kernel(
         tl.store(at + all_channels, sum_centered, mask=c_valid)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count", "images", "height", "width", "tiles", "slab_tiles"])
 def weight_gradient_kernel(
     grad_ptr,  # (images, result height, result width, groups*out_channels), as y

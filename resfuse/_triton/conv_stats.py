@@ -26,12 +26,14 @@ from resfuse._triton.gemm import (
     source_pixels,
     tile_rows,
 )
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.launch import check_prologue, precision
 from resfuse._triton.merge import merge_moments as merge_slabs
 from resfuse._triton.schedule import forward_schedule
 from resfuse._triton.tiles import dot, merge_moments, tile_moments
 
 
+@Kernel
 @triton.jit(do_not_specialize=["images", "height", "width", "tiles", "slab_tiles"])
 def conv_stats_kernel(
     x_ptr,  # (images, source height, source width, groups*channels)

@@ -76,7 +76,7 @@ def _input_gradient(
     plans: list[tuple[Product, Schedule]] = []
     for height, width in phases:
         part = product._replace(height=height, width=width)
-        plans.append((part, input_schedule(part, x.dtype, dy.y is not None)))
+        plans.append((part, input_schedule(part, x.dtype, dy.y is not None, y_relu)))
     slabs = sum(plan.slabs for _, plan in plans)
     partial = None
     if source.affine is not None:

@@ -26,12 +26,14 @@ from resfuse._triton.gemm import (
     source_pixels,
     tile_rows,
 )
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.launch import check_image, check_matrix, check_prologue, check_vector, precision
 from resfuse._triton.merge import sum_partials
 from resfuse._triton.schedule import expand_input_schedule, expand_weight_schedule
 from resfuse._triton.tiles import active_gradient, dot, scale_and_shift
 
 
+@Kernel
 @triton.jit(do_not_specialize=["pixels", "tiles", "slab_tiles"])
 def expand_weight_kernel(
     grad_ptr,  # (pixels, out_channels)
@@ -130,6 +132,7 @@ def _multiply_activation(
     return acc
 
 
+@Kernel
 @triton.jit(do_not_specialize=["images", "height", "width", "tiles", "slab_tiles"])
 def expand_input_kernel(
     dz_ptr,  # (images, height, width of the output, out_channels)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.walk import accumulate_dtype
 
 _BLOCK = 256
@@ -60,6 +61,7 @@ def _update(pointer, stride, channel, valid, value, factor):
     tl.store(at, updated.to(pointer.dtype.element_ty), mask=valid)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["momentum", "eps", "unbiased"])
 def finalize_kernel(
     mean_ptr,
@@ -102,6 +104,7 @@ def finalize_kernel(
         _update(running_var_ptr, running_var_stride, channel, valid, var * _double(unbiased), factor)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["eps"])
 def finalize_backward_kernel(
     grad_centered_ptr,

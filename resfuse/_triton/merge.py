@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse._triton.kernel import Kernel
+
 # (parts, channels) of a program's tile, 4096 elements but for the first: few forms, since each is compiled by itself,
 # and many parts side by side, so that few steps wait for memory
 _TILES = ((4, 512), (16, 256), (64, 64), (256, 16))
@@ -21,6 +23,7 @@ def _tile(parts: int) -> tuple[int, int]:
     return next((tile for tile in _TILES if tile[0] >= parts), _TILES[-1])
 
 
+@Kernel
 @triton.jit(do_not_specialize=["parts", "slab", "rows"])
 def merge_moments_kernel(
     partial_ptr,  # (parts, 2, channels): mean and squared deviations of each slab
@@ -70,6 +73,7 @@ def merge_moments(partial: Tensor, slab: int, rows: int, dtype: torch.dtype | No
     return mean, var
 
 
+@Kernel
 @triton.jit(do_not_specialize=["parts"])
 def sum_partials_kernel(partial_ptr, out_ptr, parts, size, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.merge import merge_moments
 from resfuse._triton.walk import (
     accumulate_dtype,
@@ -27,6 +28,7 @@ from resfuse._triton.walk import (
 )
 
 
+@Kernel
 @triton.jit(do_not_specialize=["pixels"])
 def moments_kernel(
     x_ptr,
@@ -56,6 +58,7 @@ def moments_kernel(
     store_moments(partial_ptr, pivot, mean, m2, first, end, part, channel, valid, channels, BLOCK_M)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["pixels"])
 def moments_backward_kernel(
     grad_mean_ptr,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse._triton.configs import POOL_BYTES
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.tiles import activate
 from resfuse._triton.walk import Walk, check_vectors, own_block, vector, walk_over
 
@@ -64,6 +65,7 @@ def place_in(image, pixel, channel, channels, plane, CHANNELS_LAST: tl.constexpr
     return at
 
 
+@Kernel
 @triton.jit(do_not_specialize=["pixels", "height", "width", "pooled_width"])
 def pool_kernel(
     x_ptr,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.merge import merge_moments
 from resfuse._triton.tiles import activate
 from resfuse._triton.walk import (
@@ -77,6 +78,7 @@ def result(
     return activate(z, RELU).to(x_ptr.dtype.element_ty)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["pixels"])
 def scale_shift_act_kernel(
     x_ptr,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.merge import sum_partials
 from resfuse._triton.pool import Window, check_pooled, gathered, walk_with_pool
 from resfuse._triton.scale_shift_act import load_tile, optional_vector, preactivation
@@ -56,6 +57,7 @@ def incoming(
     return dz
 
 
+@Kernel
 @triton.jit(do_not_specialize=["pixels", "width", "pooled_height", "pooled_width"])
 def reduce_kernel(
     grad_ptr,
@@ -136,6 +138,7 @@ def gradient_through(dz, x, scale, mean, grad_mean_ptr, grad_var_ptr, channel, v
     return grad
 
 
+@Kernel
 @triton.jit(do_not_specialize=["pixels", "width", "pooled_height", "pooled_width"])
 def apply_kernel(
     grad_ptr,

@@ -1,12 +1,12 @@
 """How a product is divided among programs: tile sizes and slabs, from its shape alone.
 
 The number of slabs decides the order of sums, so it does not ask how many processors a GPU has. Rows of a tile, the
-channels it writes and those of one step follow these rules, which keep every kernel free of spills (the compile gate
-checks them): 128 rows by up to 64 channels for large maps, fewer for small ones and for float32, since a prologue's
-vectors, moments, and what an epilogue loads take registers beside the sums; all channels of a 1x1 convolution in one
-step up to 128 (64 where two activations are loaded), else steps of 64 or 32, of 16 in float32; as many steps in flight,
-up to three, as the shared memory of every target has room for. Triton 3.6 spills earlier than 3.9 does: where it did,
-rows are fewer.
+channels it writes and those of one step follow these rules, with which a thread has registers enough (the compile gate
+checks them; kernel.py has the exceptions): 128 rows by up to 64 channels for large maps, fewer for small ones and for
+float32, since a prologue's vectors, moments, and what an epilogue loads take registers beside the sums; all channels of
+a 1x1 convolution in one step up to 128 (64 where two activations are loaded), else steps of 64 or 32, of 16 in float32;
+as many steps in flight, up to three, as the shared memory of every target has room for. Triton 3.6 spills earlier than
+3.9 does: where it did, rows are fewer.
 """
 
 from __future__ import annotations
@@ -100,12 +100,14 @@ def forward_schedule(product: Product, dtype: torch.dtype) -> Schedule:
     return _rowwise(product, dtype, product.channels, product.out_channels, 64, 1)
 
 
-def input_schedule(part: Product, dtype: torch.dtype, computed: bool) -> Schedule:
+def input_schedule(part: Product, dtype: torch.dtype, computed: bool, masked: bool) -> Schedule:
     """Of the gradient to the input, or of one phase of it: its rows are input pixels.
 
-    Steps are narrower where dY is `computed` from two activations, and rows fewer where they are a strided phase's too.
+    Steps are narrower where dY is `computed` from two activations, and rows fewer where they are a strided phase's, or
+    several taps read a dY that is `masked` by a ReLU.
     """
-    rows = 64 if computed and part.width.result_step * part.height.result_step > 1 else None
+    strided = part.width.result_step * part.height.result_step > 1
+    rows = 64 if computed and (strided or (masked and part.taps > 1)) else None
     return _rowwise(part, dtype, part.out_channels, part.channels, *((32, 2) if computed else (64, 1)), rows)
 
 

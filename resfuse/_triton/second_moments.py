@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse._triton.gemm import load_activation, product_of, source_pixels, tile_rows
+from resfuse._triton.kernel import Kernel
 from resfuse._triton.launch import check_prologue, precision
 from resfuse._triton.schedule import second_moments_schedule
 from resfuse._triton.tiles import dot, finite_or_zero, normalized
@@ -27,6 +28,7 @@ _PIVOT_CHANNELS = 32
 _MERGED = 32  # channels of either side that a merging program takes
 
 
+@Kernel
 @triton.jit(do_not_specialize=["pixels", "height", "width"])
 def pivot_kernel(
     x_ptr,
@@ -68,6 +70,7 @@ def _deviations(
     return tl.where(valid[:, None], a.to(tl.float32) - pivot[None, :], 0.0).to(a.dtype)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["images", "height", "width", "tiles", "slab_tiles", "blocks"])
 def second_moments_kernel(
     x_ptr,  # (images, source height, source width, channels)
@@ -114,6 +117,7 @@ def second_moments_kernel(
         tl.store(sums_ptr + slab.to(tl.int64) * channels + left, tl.sum(sums, 0), mask=left < channels)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["slabs", "pixels"])
 def covariance_kernel(
     products_ptr, sums_ptr, pivot_ptr, mean_ptr, covariance_ptr, slabs, pixels, channels, BLOCK: tl.constexpr

@@ -110,7 +110,7 @@ def test_input_gradient(name, formed, monkeypatch):
     gradient = (o.grad, o.y, None, *o.vectors) if formed else (o.grad, *[None] * 5)
     arguments = (False, o.x, o.affine, o.mean, o.weight, True, *o.geometry, other, True, False)
     grad_x, *_ = fused.conv_stats_backward(*gradient, *arguments)
-    blocks = schedule.input_schedule(o.product, HALF, formed).blocks
+    blocks = schedule.input_schedule(o.product, HALF, formed, False).blocks
     predicted = products.input_gradient(layer, blocks, formed=formed, prologue=True, other=True)
     formed_of = {"y": o.y} if formed else {}
     assert_counts(accesses, predicted, grad_y=o.grad, grad_x=grad_x, x=o.x, other=other, **formed_of)
