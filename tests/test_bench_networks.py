@@ -122,6 +122,35 @@ def test_batches_tell_wrong_gradients_from_luck():
     assert holds(batch(1e-4), batch(float("nan")), batch(float("nan"))) == [False, True]
 
 
+def verdicts(ours, stock):
+    bound = parity.FACTOR * stock + parity.FLOOR[torch.float32]
+    return [parity.Verdict("gradients", ours, stock, bound), parity.Verdict("outputs", 1e-6, 1e-6, 2.5e-6)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "stock", "judged"),
+    [
+        ((1e-3, 3e-6, 2e-3, 1e-3, 4e-6), (1e-4, 3e-3, 4e-6, 1e-3, 1e-4), "best of five"),  # ReLUs near zero in most
+        ((1e-3, 1e-5, 2e-3, 1e-3, 1e-5), (1e-4, 3e-3, 4e-6, 1e-3, 1e-4), None),  # wrong by a little in all
+        ((1e-3, 3e-6, 4e-6, 2e-6, 4e-6), (1e-4, 3e-3, 4e-6, 1e-3, 1e-4), "medians"),
+    ],
+)
+def test_where_medians_are_luck_the_best_batches_and_the_blocks_decide(ours, stock, judged, monkeypatch):
+    batches = iter(zip(ours, stock, strict=True))
+    asked = []
+    monkeypatch.setattr(parity, "judge_fused", lambda *_: verdicts(*next(batches)))
+    monkeypatch.setattr(networks.blocks, "check_all", lambda *given: asked.append(given) or 3)
+    if judged is None:
+        with pytest.raises(gate.RefusedError, match=r"gradients is off by 1\.00e-05, allowed 8\.50e-06"):
+            networks.check("cifar_resnet20", "float32")
+        return
+    note = networks.check("cifar_resnet20", "float32")
+    if judged == "medians":
+        assert note is None and not asked
+    else:
+        assert judged in note and "its 3 distinct blocks were judged one by one" in note and len(asked) == 1
+
+
 def test_a_refused_row_is_left_out_and_the_run_goes_on(inside, monkeypatch):
     def check(network, dtype, device):
         checked.append(network)

@@ -12,7 +12,9 @@ on rounding: there the more exact layout counts. Gradients do not: a ReLU whose 
 let its gradient through or not, and in float32 a step has so few of these that the errors of two equally exact
 implementations can be a thousandfold apart (1e-6 with none, 1e-3 with one). There the less exact layout counts, which
 is the one that met some. A batch may still be unlucky: where float32 gradients break the bound, more batches are taken
-(:func:`over_batches`), and their medians tell wrong gradients from luck.
+(:func:`over_batches`), and their medians tell wrong gradients from luck. In a network that meets some in every other
+batch medians are luck, too. What is wrong is wrong in every batch, and such a ReLU only adds to an error: there the
+smallest errors are compared, and the network's blocks are judged one by one besides.
 
 A deep network without shortcuts amplifies rounding so far that in 16 bits stock's own gradients have little in common
 with the exact ones. A bound that zeros would meet proves nothing (:attr:`Verdict.proves_nothing`), and such a network's
@@ -24,7 +26,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -235,13 +237,20 @@ def judge_fused(
     return judge(step_errors(step(layouts[0], fused=True), exact), stock, dtype)
 
 
-def over_batches(judged: Sequence[Sequence[Verdict]], dtype: torch.dtype) -> list[Verdict]:
-    """One verdict for each of those of several batches: of gradients by the medians, else the one nearest its bound."""
+def over_batches(
+    judged: Sequence[Sequence[Verdict]],
+    dtype: torch.dtype,
+    summary: Callable[[Iterable[float]], float] = statistics.median,
+) -> list[Verdict]:
+    """One verdict for each of those of several batches: of gradients by the medians, else the one nearest its bound.
+
+    `summary` takes another number of both errors than their median.
+    """
     found = []
     for same in zip(*judged, strict=True):
         if same[0].quantity.startswith("gradients"):
-            ours = statistics.median(math.inf if math.isnan(verdict.ours) else verdict.ours for verdict in same)
-            stock = statistics.median(verdict.stock for verdict in same)
+            ours = summary(math.inf if math.isnan(verdict.ours) else verdict.ours for verdict in same)
+            stock = summary(verdict.stock for verdict in same)
             found.append(Verdict(same[0].quantity, ours, stock, FACTOR * stock + FLOOR[dtype]))
         else:
             found.append(max(same, key=lambda verdict: math.inf if not verdict.holds else verdict.ours / verdict.bound))
