@@ -219,6 +219,19 @@ def test_second_moments_do_not_cancel(dtype, ratio):
     assert torch.equal(covariance, covariance.T)
 
 
+@pytest.mark.parametrize("ratio", [0, 0.3, 1])
+def test_deviations_in_bfloat16_are_not_all_rounded_one_way(ratio):
+    """The mean of many is off by less than any of them: values of few bits less a pivot of more all round alike."""
+    if torch.bfloat16 not in ops.tile_dtypes:
+        pytest.skip("this processor has no bfloat16 tile kernels")
+    x = (torch.randn(4, 33, 39, 33) + ratio).bfloat16().contiguous(memory_format=LAST)
+    mean, covariance = ops.second_moments(x, None, None, False, [1, 1])
+    pixels = x.double().permute(0, 2, 3, 1).flatten(0, 2)
+    exact = torch.cov(pixels.T, correction=0)
+    assert (mean - pixels.mean(0)).abs().max() < 2e-4
+    assert ((covariance.diagonal() - exact.diagonal()) / exact.diagonal()).abs().max() < 5e-4
+
+
 @pytest.mark.parametrize("stride", [[1, 1], [2, 2], [3, 1]], ids=str)
 def test_second_moments_behind_a_prologue(stride):
     x, affine, mean, _, _ = operands(CONVS["3x3-tall"], torch.float32)

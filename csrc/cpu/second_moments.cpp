@@ -3,6 +3,8 @@
 //
 // The product a^T a is that of a weight's gradient, with both operands shifted by a pivot near the mean: an uncentred
 // sum in float would lose (mean/std)^2 digits. Only blocks on and above the diagonal are computed.
+#include <cmath>
+
 #include "tiles/weight_gradient.h"
 
 namespace resfuse::cpu::RESFUSE_ISA {
@@ -19,18 +21,33 @@ static int64_t pixel_read(const ConvShape& shape, int64_t index) {
   return (image * h.in + row * h.stride) * w.in + column * w.stride;
 }
 
+// `mean` as a multiple of the last bit that a bfloat16 has at `largest`. Deviations are rounded to bfloat16, and those of
+// bfloat16 values from any other number would be rounded alike, all up or all down.
+static float coarse_pivot(float mean, float largest) {
+  const float bit = float_from_bits(bits_from_float(largest) & 0x7f800000u) / 128;
+  return bit > 0 && std::isfinite(bit) ? std::nearbyint(mean / bit) * bit : mean;
+}
+
 // The mean of a over pixels spread evenly: near enough to all of them wherever they are alike.
 template <class T>
 void find_pivot(const ConvShape& shape, const Activation<T>& source, int64_t pixels, float* pivot) {
   const int64_t count = std::min(pixels, kPivotPixels);
   for (int64_t c = 0; c < source.channels; c += kLanes) {
-    Lanes sum = zero_lanes();
+    Lanes sum = zero_lanes(), largest = sum;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t pixel = pixel_read(shape, i * pixels / count);
-      sum += (source.scale == nullptr ? widened(source.template get<false>(pixel, c, lane_mask(c, source.channels)))
-                                      : widened(source.template get<true>(pixel, c, lane_mask(c, source.channels))));
+      const LaneMask mask = lane_mask(c, source.channels);
+      const Lanes a = source.scale == nullptr ? widened(source.template get<false>(pixel, c, mask))
+                                              : widened(source.template get<true>(pixel, c, mask));
+      sum += a;
+      largest = max_of(max_of(a, zero_lanes() - a), largest);
     }
     store_lanes(pivot + c, round_lanes<T>(sum / broadcast_lanes(static_cast<float>(count))));
+    if constexpr (kUnit<T> == 2) {
+      alignas(64) float most[kLanes];
+      store_lanes(most, largest);
+      for (int64_t j = 0; j < kLanes; ++j) pivot[c + j] = coarse_pivot(pivot[c + j], most[j]);
+    }
   }
 }
 

@@ -25,6 +25,7 @@ from resfuse._triton.tiles import dot, finite_or_zero, normalized
 
 _PIVOT_PIXELS = 64
 _PIVOT_CHANNELS = 32
+_FRACTION_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 0}
 _MERGED = 32  # channels of either side that a merging program takes
 
 
@@ -42,8 +43,13 @@ def pivot_kernel(
     RELU: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BITS: tl.constexpr,  # behind the point of x's dtype; 0: the pivot as it is
 ):
-    """pivot = the mean of a over PIXELS rows spread evenly, or over all of fewer, in x's dtype; 0 beside an Inf."""
+    """pivot = the mean of a over PIXELS rows spread evenly, or over all of fewer; 0 beside an Inf.
+
+    In 16 bits it is a multiple of the last bit that x's dtype has at the largest |a| of them. Deviations are rounded,
+    and those of 16-bit values from any other number would be rounded alike, all up or all down.
+    """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     count = tl.minimum(pixels, PIXELS)
@@ -56,7 +62,12 @@ def pivot_kernel(
     x = tl.load(x_ptr + pixel[:, None] * channels + channel[None, :], mask=mask, other=0.0)
     a = normalized(x, affine_ptr, mean_ptr, channel, inside, channels, RELU)
     pivot = finite_or_zero(tl.sum(tl.where(mask, a, 0.0), 0) / count.to(tl.float32))
-    tl.store(pivot_ptr + channel, pivot.to(x.dtype).to(tl.float32), mask=inside)
+    if BITS > 0:
+        largest = tl.max(tl.where(mask, tl.abs(a), 0.0), 0)
+        power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        bit = tl.where(power > 0, power, 1.0) * (1.0 / (1 << BITS))
+        pivot = tl.where(power > 0, finite_or_zero(tl.floor(pivot / bit + 0.5) * bit), pivot)
+    tl.store(pivot_ptr + channel, pivot, mask=inside)
 
 
 @triton.jit
@@ -163,7 +174,7 @@ def second_moments(
     products, sums = a_mean.new_empty(plan.slabs, channels, channels), a_mean.new_empty(plan.slabs, channels)
     pivot_kernel[(triton.cdiv(channels, _PIVOT_CHANNELS),)](
         x, *prologue, pivot, product.pixels, *shape[1:], channels,
-        RELU=relu, PIXELS=_PIVOT_PIXELS, BLOCK_C=_PIVOT_CHANNELS, enable_fp_fusion=False,
+        RELU=relu, PIXELS=_PIVOT_PIXELS, BLOCK_C=_PIVOT_CHANNELS, BITS=_FRACTION_BITS[x.dtype], enable_fp_fusion=False,
     )  # fmt: skip
     second_moments_kernel[plan.blocks**2, plan.slabs](
         x, *prologue, pivot, products, sums, *shape, plan.tiles, plan.slab_tiles, channels, plan.blocks,

@@ -111,20 +111,28 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, autocast: to
     }
 
 
-def condition(model: nn.Module, weight: float = 0.2) -> nn.Module:
-    """Make a random residual network's gradients mean something, in place; returns the model.
+def weaken(model: nn.Module, weight: float = 0.2) -> nn.Module:
+    """Give the last normalisation of every residual branch `weight` for its ones, in place; returns the model.
 
-    The last normalisation of every residual branch gets `weight` for its ones, as branches of trained networks are
-    weaker than their shortcuts: with ones, bfloat16 gradients of a random ResNet-50 have nothing in common with the
-    exact ones, in any implementation. Running statistics start from zero, so that a step leaves this batch's alone.
-    Nothing is dropped: each step would drop something else.
+    Branches of trained networks are weaker than their shortcuts. With ones, bfloat16 gradients of a random ResNet-50
+    have nothing in common with the exact ones, in any implementation, nor outputs of a small batch.
     """
     for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
         last = getattr(module, "bn3", None) or getattr(module, "bn2", None)
         if isinstance(last, nn.BatchNorm2d):
             nn.init.constant_(last.weight, weight)
+    return model
+
+
+def condition(model: nn.Module) -> nn.Module:
+    """Make a random residual network's gradients mean something, in place; returns the model.
+
+    Its branches are weakened. Running statistics start from zero, so that a step leaves this batch's alone. Nothing is
+    dropped: each step would drop something else.
+    """
+    for module in weaken(model).modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.zero_()
             module.running_var.zero_()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from resfuse import fuse, models
-from resfuse.bench import convolutions, peers
+from resfuse.bench import convolutions, parity, peers
 from resfuse.bench.shapes import conv_shapes
 
 MODES = ("forward", "backward", "training", "inference", "memory")
@@ -76,9 +76,9 @@ def stock(network: str) -> nn.Module:
 
 
 def build(network: str, variant: str, device: str = "cpu", seed: int = 0) -> nn.Module:
-    """The network in channels_last as one of the variants; the same weights for all."""
+    """The network in channels_last as one of the variants; the same weights for all, of weakened branches."""
     torch.manual_seed(seed)
-    model = stock(network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = parity.weaken(stock(network)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if variant.startswith("fused"):
         fuse(model, backend="native", strict=True)
     return peers.as_module("compile" if variant == "fused-compile" else variant, model)

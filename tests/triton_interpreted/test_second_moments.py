@@ -36,6 +36,15 @@ def test_they_do_not_cancel(dtype, ratio):
     assert torch.equal(covariance, covariance.T)
 
 
+@pytest.mark.parametrize("ratio", [0, 0.3, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2.5e-5), (torch.bfloat16, 2e-4)], ids=str)
+def test_deviations_are_not_all_rounded_one_way(dtype, tolerance, ratio):
+    """The mean of many is off by less than any of them: values of few bits less a pivot of more all round alike."""
+    x = (torch.randn(4, 33, 39, 33) + ratio).to(dtype).contiguous(memory_format=LAST)
+    mean, _ = second_moments(x, None, None, False, [1, 1])
+    assert (mean - moments_of(x.double())[0]).abs().max() < tolerance
+
+
 @pytest.mark.parametrize("stride", [[1, 1], [2, 2], [3, 1]], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 1, 7), (3, 65, 9, 5), (2, 150, 6, 5)], ids=str)
 @DTYPES
