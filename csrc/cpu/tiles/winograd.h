@@ -21,18 +21,26 @@ namespace resfuse::cpu::RESFUSE_ISA {
 constexpr int64_t kPositions = 16;            // of a block
 constexpr int64_t kBlockPixels = 224;         // pixels of a tile: 56 blocks, four register tiles
 constexpr int64_t kBlocks = 64;               // blocks that are multiplied together: small tiles are joined
+constexpr int64_t kLeastBlocks = 32;          // of a convolution: for fewer a weight is not transformed
 constexpr int64_t kProductBytes = 512 << 10;  // products of some panels, before they are transformed back
+
+// 2x2 blocks of a convolution's output.
+inline int64_t block_count(const ConvShape& shape) {
+  return shape.images * ceil_div(shape.height.out, 2) * ceil_div(shape.width.out, 2);
+}
 
 // A weight in bfloat16 would be rounded twice, where a direct convolution's is exact.
 template <class T, class W>
 constexpr bool kWinograd = kUnit<T> == 1 || std::is_same_v<W, float>;
 
 // Whether a convolution is computed this way. Measured: docs/performance-log.md. On smaller maps most taps lie outside,
-// so there is little to gain.
+// so there is little to gain; and a weight is transformed for all its blocks, so that few of them do not pay for it.
 template <class T, class W>
 bool winograd_pays(const ConvShape& shape) {
   const auto fits = [](const ConvAxis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1 && a.out >= 6; };
-  return kWinograd<T, W> && shape.groups == 1 && fits(shape.height) && fits(shape.width) && shape.height.padding <= 2 &&
+  const int64_t blocks = block_count(shape), weight = shape.in_channels * shape.out_channels;
+  return kWinograd<T, W> && blocks >= std::max(kLeastBlocks, weight / (kUnit<T> == 1 ? 4096 : 2048)) &&
+         shape.groups == 1 && fits(shape.height) && fits(shape.width) && shape.height.padding <= 2 &&
          shape.width.padding <= 2 && shape.in_channels >= kPanel && shape.out_channels >= kPanel;
 }
 

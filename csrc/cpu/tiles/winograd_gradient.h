@@ -218,7 +218,9 @@ template <class U, class W, class G, class A>
 void winograd_weight_gradient(const ConvShape& shape, const G& grad, const A& source, const WeightLayout& layout,
                               W* grad_weight) {
   const WinogradPlan plan(shape, false, pixel_units<float>(shape.in_channels), kGradientPixels, kGradientBlocks);
-  const WeightSums sums(plan, kPositions);
+  WeightSums sums(plan, kPositions);
+  // a slab's sums are written and merged for so many blocks at least
+  sums.slabs = std::clamp<int64_t>(block_count(shape) / kGradientBlocks, 1, sums.slabs);
   float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
   sum_winograd_gradient<U>(plan, grad, source, sums, GradientShares(sums), totals);
   positions_to_taps(sums, totals);
