@@ -21,8 +21,8 @@ static int64_t pixel_read(const ConvShape& shape, int64_t index) {
   return (image * h.in + row * h.stride) * w.in + column * w.stride;
 }
 
-// `mean` as a multiple of the last bit that a bfloat16 has at `largest`. Deviations are rounded to bfloat16, and those of
-// bfloat16 values from any other number would be rounded alike, all up or all down.
+// `mean` as a multiple of the last bit that a bfloat16 has at `largest`. Deviations are rounded to bfloat16, and those
+// of bfloat16 values from any other number would be rounded alike, all up or all down.
 static float coarse_pivot(float mean, float largest) {
   const float bit = float_from_bits(bits_from_float(largest) & 0x7f800000u) / 128;
   return bit > 0 && std::isfinite(bit) ? std::nearbyint(mean / bit) * bit : mean;

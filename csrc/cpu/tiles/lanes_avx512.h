@@ -115,8 +115,9 @@ RESFUSE_LANES UnitLanes pair_halves(Halves first, Halves second) {
 }
 // Two vectors of floats rounded to pairs, the first in the lower halves.
 RESFUSE_LANES UnitLanes round_pairs(Lanes first, Lanes second, BFloat16) {
-  alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 RESFUSE_LANES Lanes first_of_pairs(UnitLanes pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }

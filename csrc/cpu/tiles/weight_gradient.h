@@ -17,7 +17,7 @@ namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kWeightPixels = 224;            // of a tile: sums are read and written once for so many products
 constexpr int64_t kWeightPatchBytes = 768 << 10;  // the input's side of a tile stays in L2
-constexpr int64_t kWeightTasks = 16;          // slabs, at most
+constexpr int64_t kWeightTasks = 16;              // slabs, at most
 constexpr int64_t kMomentSlabs = 256;  // of a symmetric product: a float sum runs over one tile, where memory allows
 constexpr int64_t kWeightSlabBytes = int64_t{4} << 20;  // the sums of all slabs together
 

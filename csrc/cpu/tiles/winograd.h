@@ -3,11 +3,11 @@
 //   Y = A^T [ (G g G^T) * (B^T d B) ] A     g: 3x3 weights, d: a 4x4 block of input, Y: a 2x2 block of output
 //
 // Summed over channels, each of the 16 positions of a block is one matrix product (blocks x C)(C x K). A tile's patch
-// is filled as for any convolution, prologue included, but in float; its blocks are transformed, multiplied, transformed
-// back, and handed to the same epilogues. Transforms only add, subtract and halve, and the sums are nine times shorter
-// than those over all taps: in float32 errors are smaller than a direct convolution's. For products in bfloat16 both
-// operands are rounded once, after their transform: errors are 1.4 to 1.9 times a direct convolution's, whose weights
-// are rounded too. What is not finite reaches the same outputs as there, but an infinity may become NaN.
+// is filled as for any convolution, prologue included, but in float; its blocks are transformed, multiplied,
+// transformed back, and handed to the same epilogues. Transforms only add, subtract and halve, and the sums are nine
+// times shorter than those over all taps: in float32 errors are smaller than a direct convolution's. For products in
+// bfloat16 both operands are rounded once, after their transform: errors are 1.4 to 1.9 times a direct convolution's,
+// whose weights are rounded too. What is not finite reaches the same outputs as there, but an infinity may become NaN.
 // Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
 #pragma once
 
@@ -114,10 +114,10 @@ unit_t<T>* pack_winograd(const WinogradPlan& plan, const W* weight, const Weight
       for (const AxisTap& w : plan.width.phases[0].taps) {
         float* tap = taps + (h.offset * 3 + w.offset) * tap_step;
         std::fill_n(tap + (units - 1) * kUnit<T> * kPanel, kUnit<T> * kPanel, 0.0f);  // of a last unit, what is no k
-        pack_panel<float>(WeightView<W>{weight + layout.at(h.kernel * 3 + w.kernel, 3), plan.out_channels,
-                                        plan.in_channels, layout.strides[backward ? 1 : 0],
-                                        layout.strides[backward ? 0 : 1], lane_scale},
-                          panel, tap);
+        pack_panel<float>(
+            WeightView<W>{weight + layout.at(h.kernel * 3 + w.kernel, 3), plan.out_channels, plan.in_channels,
+                          layout.strides[backward ? 1 : 0], layout.strides[backward ? 0 : 1], lane_scale},
+            panel, tap);
       }
     }
     unit_t<T>* to = packed + panel * kPositions * size;
@@ -127,12 +127,14 @@ unit_t<T>* pack_winograd(const WinogradPlan& plan, const W* weight, const Weight
         Lanes first[4][4];
         transform_taps(from, tap_step, first);
         if constexpr (kUnit<T> == 1) {
-          for (int64_t i = 0; i < kPositions; ++i) store_lanes(to + i * size + unit * kPanel + half, first[i / 4][i % 4]);
+          for (int64_t i = 0; i < kPositions; ++i)
+            store_lanes(to + i * size + unit * kPanel + half, first[i / 4][i % 4]);
         } else {
           Lanes second[4][4];
           transform_taps(from + kPanel, tap_step, second);
           for (int64_t i = 0; i < kPositions; ++i)
-            store_units(to + i * size + unit * kPanel + half, round_pairs(first[i / 4][i % 4], second[i / 4][i % 4], T{}));
+            store_units(to + i * size + unit * kPanel + half,
+                        round_pairs(first[i / 4][i % 4], second[i / 4][i % 4], T{}));
         }
       }
     }
@@ -241,8 +243,8 @@ inline void transform_products(const float* products, int64_t position_step, int
 // As run_tiles: fill(tile, patch) loads a tile, epilogue takes a panel of it. A tile may be asked for beyond its
 // last row or column.
 template <class T, class F, class A, class E>
-void run_winograd(const WinogradPlan& plan, const unit_t<T>* packed, const TileSlabs& slabs, const F& fill, const A& ahead,
-                  const E& epilogue) {
+void run_winograd(const WinogradPlan& plan, const unit_t<T>* packed, const TileSlabs& slabs, const F& fill,
+                  const A& ahead, const E& epilogue) {
   using U = unit_t<T>;
   const int64_t step = plan.block_step, units = ceil_div(plan.in_channels, kUnit<T>), size = units * kPanel;
   const int64_t input_step = plan.blocks * step, product_step = plan.blocks * kPanel;
@@ -280,9 +282,9 @@ void run_winograd(const WinogradPlan& plan, const unit_t<T>* packed, const TileS
         for (int64_t position = 0; position < kPositions; ++position) {
           for (int64_t i = 0; i < panels; ++i)
             multiply<U>(inputs + position * input_step, 0, blocks, taps,
-                            packed + ((panel + i) * kPositions + position) * size, kPanel,
-                            products + (i * kPositions + position) * product_step, kPanel,
-                            [&](int64_t, int64_t) RESFUSE_INLINE_LAMBDA { next.step(); });
+                        packed + ((panel + i) * kPositions + position) * size, kPanel,
+                        products + (i * kPositions + position) * product_step, kPanel,
+                        [&](int64_t, int64_t) RESFUSE_INLINE_LAMBDA { next.step(); });
         }
         for (int64_t i = 0; i < panels; ++i) {
           int64_t block = 0;

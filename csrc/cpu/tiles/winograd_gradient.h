@@ -1,7 +1,7 @@
 // The gradient of a 3x3 convolution's weight by Winograd's F(2x2, 3x3): the derivative of winograd.h's forward.
 //
-//   dU[position] = sum over blocks of (A dY A^T)[position]^T (B^T d B)[position]     16 products (K x blocks)(blocks x C)
-//   dW = G^T dU G
+//   dU[position] = sum over blocks of (A dY A^T)[position]^T (B^T d B)[position]     16 products (K x blocks)(blocks x
+//   C) dW = G^T dU G
 // dY of a block is 2x2, d is 4x4; for bfloat16 neighbouring blocks form one unit. Tasks share slabs of tiles, as
 // elsewhere; where sums are large and slabs few, they share rows of positions and output channels too. Slabs are merged
 // in order when dU is transformed back.
@@ -95,8 +95,7 @@ void transform_gradients(const Plan& plan, const Tile& tile, const G& grad, Rang
         for (int64_t r = positions.begin; r < positions.end; ++r) {
           Lanes m[4];
           transform_gradient(down[0][r], down[1][r], m);
-          for (int j = 0; j < 4; ++j)
-            blocks.put(block + i, (r - positions.begin) * 4 + j, c - channels.begin, m[j]);
+          for (int j = 0; j < 4; ++j) blocks.put(block + i, (r - positions.begin) * 4 + j, c - channels.begin, m[j]);
         }
       }
       blocks.end(block + across, c - channels.begin);
@@ -136,9 +135,9 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
     // the last strip of the inputs may be read as a whole panel
     const int64_t patch_size = plan.whole_patch() * plan.step, inputs_size = shares.rows * 4 * input_step + kPanel;
     const int64_t gradients_size = shares.rows * 4 * position_step;
-    Carver carver(static_cast<char*>(
-        workspace_bytes(Slot::kTile, Carver::bytes_of<float>(patch_size) + Carver::bytes_of<U>(inputs_size) +
-                                         Carver::bytes_of<U>(gradients_size))));
+    Carver carver(static_cast<char*>(workspace_bytes(
+        Slot::kTile,
+        Carver::bytes_of<float>(patch_size) + Carver::bytes_of<U>(inputs_size) + Carver::bytes_of<U>(gradients_size))));
     float* patch = carver.take<float>(patch_size);
     U *inputs = carver.take<U>(inputs_size), *gradients = carver.take<U>(gradients_size);
     const BlockSteps<U> input_steps(inputs, step, input_step, shares.rows * 4);
@@ -152,8 +151,8 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
         const Tile tile = plan.tile(index), whole = WinogradPlan::whole(tile);
         fill_patch(plan, whole, input, 0, plan.in_channels, patch, plan.step);
         transform_patch(patch, whole.rows, whole.columns, plan.in_channels, plan.step, blocks, input_steps, positions);
-        const auto transform =
-            grad.computed() ? transform_gradients<true, G, BlockSteps<U>> : transform_gradients<false, G, BlockSteps<U>>;
+        const auto transform = grad.computed() ? transform_gradients<true, G, BlockSteps<U>>
+                                               : transform_gradients<false, G, BlockSteps<U>>;
         transform(plan, tile, grad, channels, positions, blocks, gradient_steps);
         blocks += whole.rows / 2 * (whole.columns / 2);
       }
@@ -171,9 +170,9 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
           for (int64_t bundle = bundles.begin; bundle < bundles.end; ++bundle) {
             next.step();
             accumulate<U, 2>(gradients + i * position_step + (bundle - bundles.begin) * kWeightChannels, grad_step,
-                                 inputs + i * input_step + strip * kPanel, step, rows, 1, ceil_div(blocks, kStepBlocks<U>),
-                                 first == tile_of(slab),
-                                 totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, bundle));
+                             inputs + i * input_step + strip * kPanel, step, rows, 1, ceil_div(blocks, kStepBlocks<U>),
+                             first == tile_of(slab),
+                             totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, bundle));
           }
         }
       }
