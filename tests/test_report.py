@@ -84,6 +84,17 @@ def test_report_shows_losses_intervals_and_what_is_missing():
     assert tables.summary([memory_record()]) == tables.summary([model_record(quick=True)]) == ""
 
 
+def test_the_readme_has_the_fastest_of_the_other_peers():
+    row = model_record(125.0, mode="inference")
+    row["ratios"] |= {f"fused/{peer}": {"of_medians": ratio, "paired": ratio} for peer, ratio in
+                      (("openvino", 1.25), ("freeze", 0.5), ("eager-contiguous", 2.0))}  # fmt: skip
+    row["ratios"]["fused-compile/onnxruntime"] = {"of_medians": 9.0, "paired": 9.0}
+    head, _, training, inference = tables.summary([row, model_record()]).splitlines()[:4]
+    assert head.endswith("| to eager | to torch.compile | to the fastest other | saved for backward, to eager |")
+    assert training.endswith("| 2.00x | 1.60x |  | 1.00 |")
+    assert inference.endswith("| 0.80x | 0.64x | 0.50x eager, contiguous | 1.00 |")
+
+
 def test_report_shows_what_was_not_measured_as_empty():
     record = model_record()
     del record["variants"]["compile"], record["ratios"]["fused/compile"], record["outside_ms"]

@@ -73,7 +73,7 @@ def networks_of(rows: Iterable[Record]) -> list[Record]:
 def summary(models: Iterable[Record]) -> str:
     """The README's tables: whole networks that train and serve, with what they save; nothing without rows."""
     shown = [row for row in measured(models) if row["mode"] in ("training", "inference")]
-    tables = [_speed(networks_of(_on(name, shown)), memory=True) for name in series.machines(shown)]
+    tables = [_speed(networks_of(_on(name, shown)), short=True) for name in series.machines(shown)]
     return "\n\n".join(tables) + "\n" if tables else ""
 
 
@@ -203,22 +203,40 @@ def _name(record: Record) -> list[str]:
     return [record["model"], record["mode"], record["dtype"], str(record["batch"])]
 
 
-def _speed(records: list[Record], memory: bool = False) -> str:
-    """images/s of eager and resfuse, and the speed-up over every peer that was measured somewhere."""
-    peers = dict.fromkeys(name.partition("/")[2] for r in records for name in r["ratios"] if name.startswith("fused/"))
+def _speed(records: list[Record], short: bool = False) -> str:
+    """images/s of eager and resfuse, and the speed-up over every peer that was measured somewhere.
+
+    In short: over eager, torch.compile and, of all others, whoever was fastest; and what is saved for backward.
+    """
+    measured = dict.fromkeys(peer for record in records for peer in _gains(record))
+    peers = [peer for peer in measured if peer in _USUAL] if short else list(measured)
+    others = short and len(peers) < len(measured)
     head = [*_NAME, "eager images/s", "resfuse", *(f"to {peer_name(peer)}" for peer in peers)]
     rows = []
     for record in records:
         rates = (_value(record, name, "images_per_s") for name in ("eager", "fused"))
-        gains = (_speedup(record["ratios"].get(f"fused/{peer}")) for peer in peers)
-        rows.append([*_name(record), *(_format(rate, ".1f") for rate in rates), *gains])
-        if memory:
+        gains = _gains(record)
+        over = (_speedup(gains.get(peer)) for peer in peers)
+        rows.append([*_name(record), *(_format(rate, ".1f") for rate in rates), *over])
+        if others:
+            rest = {peer: gain for peer, gain in gains.items() if peer not in _USUAL}
+            best = max(rest, key=lambda peer: rest[peer]["of_medians"], default=None)
+            rows[-1].append("" if best is None else f"{_speedup(rest[best])} {peer_name(best)}")
+        if short:
             eager, fused = (_value(record, name, "saved_bytes") for name in ("eager", "fused"))
             rows[-1].append(_share(fused, eager))
-    if memory:
-        head.append("saved for backward, to eager")
+    head += ["to the fastest other"] * others + ["saved for backward, to eager"] * short
     note = _SPEED_NOTE + _missing(records)
     return f"{_table(head, rows, left=3)}\n\n{_caption(records, note)}"
+
+
+_USUAL = ("eager", "compile")
+
+
+def _gains(record: Record) -> dict[str, Record]:
+    """The ratios of the fused network's time to each peer's."""
+    pairs = ((name.partition("/"), ratio) for name, ratio in record["ratios"].items())
+    return {peer: ratio for (variant, _, peer), ratio in pairs if variant == "fused"}
 
 
 def _missing(records: list[Record]) -> str:
