@@ -1,7 +1,7 @@
 """What Triton made of the kernels, without a GPU: each launch of an operator on meta tensors, compiled for a target.
 
 A launch is recorded where it would start and compiled as Triton would compile it there, with the same specialization;
-one that spills is compiled again, as its next launch would be (resfuse/_triton/kernel.py).
+one that spills is compiled again, as it would be there (resfuse/_triton/kernel.py).
 Resources and instructions are read from the machine code. As a script this compiles all cases for all targets, prints
 the table, and exits with 1 where the gate refuses a kernel.
 """
@@ -26,7 +26,7 @@ from triton_sass import TENSOR_CORES
 from triton_steps import choosing
 
 from resfuse._triton import LAUNCHERS
-from resfuse._triton.kernel import remedies
+from resfuse._triton.kernel import Kernel, remedies
 
 TARGETS = (80, 90, 100)
 MOST_REGISTERS = 255
@@ -74,10 +74,10 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
     """The kernels that a call launches; none of them runs."""
     found = []
 
-    def record(self, *args, grid, warmup, **options):
-        found.append(Launch(self, args, options))
+    def record(self, grid, *args, **options):
+        found.append(Launch(self.jit, args, options))
 
-    with mock.patch.object(JITFunction, "run", record):
+    with mock.patch.object(Kernel, "_launch", record):
         call()
     return found
 
@@ -94,7 +94,7 @@ def source_of(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, A
 
 
 def compiled(unit: str, launch: Launch, target: int) -> Compiled:
-    """As its later launches run it."""
+    """As a launch runs it."""
     for more in remedies(launch.options):
         found = compiled_once(unit, launch._replace(options={**launch.options, **more}), target)._replace(
             again=more != {}

@@ -1,8 +1,9 @@
-"""How kernels are started: one that was made to spill is compiled again, with more registers or fewer steps in flight.
+"""How kernels are started: one that would spill is compiled again before it runs, with a remedy.
 
 To run one more block on a multiprocessor, the assembler puts a few values of some kernels into local memory. Which
 forms of a kernel that befalls depends on the GPU and on Triton's version, so no rule for tiles can avoid it: it is
-read from what was compiled. A form that spills runs so once; the next launch tries the next remedy. Bits are the same.
+read from what was compiled. All is settled at a form's first launch, so that a step may be captured in a CUDA graph
+after one that was not. Bits are the same.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 _STEPS = "num_stages"
+
+Form = tuple[Any, ...]
+"""What tells one form of a kernel from another: options, the dtype of its first operand, which operands are absent."""
 
 
 def remedies(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -27,18 +33,25 @@ class Kernel:
 
     def __init__(self, jit: Any) -> None:
         self.jit = jit
-        self._spilled: dict[frozenset[tuple[str, Any]], int] = {}  # how many remedies a form has tried in vain
+        self._settled: dict[Form, dict[str, Any]] = {}  # options beside a form's own
 
     def __getitem__(self, grid: Any) -> Any:
         return functools.partial(self._launch, grid)
 
-    def _launch(self, grid: Any, *args: Any, **options: Any) -> None:
-        form = frozenset(options.items())
-        tried = self._spilled.get(form, 0)
-        if tried == 0:
-            compiled = self.jit[grid](*args, **options)
-        else:
-            compiled = self.jit[grid](*args, **{**options, **remedies(options)[tried]})
-        # nothing was compiled where kernels are interpreted
-        if compiled is not None and compiled.n_spills and tried + 1 < len(remedies(options)):
-            self._spilled[form] = tried + 1
+    def _launch(self, grid: Any, first: Tensor, *args: Any, **options: Any) -> None:
+        if isinstance(self.jit, JITFunction):  # nothing is compiled where kernels are interpreted
+            form = (frozenset(options.items()), first.dtype, *(arg is None for arg in args))
+            if form not in self._settled:
+                self._settled[form] = self._remedy(grid, (first, *args), options)
+            options |= self._settled[form]
+        self.jit[grid](first, *args, **options)
+
+    def _remedy(self, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+        """The first of the remedies with which nothing spills, else the last."""
+        more: dict[str, Any] = {}
+        for more in remedies(options):
+            compiled = self.jit.warmup(*args, grid=grid, **{**options, **more})
+            compiled.run  # noqa: B018  loads the code: a driver, not Triton, says what it takes
+            if not compiled.n_spills:
+                break
+        return more
