@@ -195,8 +195,11 @@ def _stock_error(plain: dict[str, float], key: str) -> float:
     return max(e for k, e in plain.items() if k.startswith("gradient")) if key.startswith("gradient") else plain[key]
 
 
-def checked_runners(plan: Plan, block: Block, mode: str, dtype: str, subject: str) -> tuple[dict[str, _Runner], Gate]:
-    """Runners that have passed, and their gate: on the first operands on which no ReLU decides a gradient by luck.
+def checked_runners(
+    plan: Plan, block: Block, mode: str, dtype: str, subject: str
+) -> tuple[dict[str, _Runner], Gate, Record]:
+    """Runners that have passed, on the first operands on which no ReLU decides a gradient by luck; their gate; and what
+    a row says about operands that were given up, as {"note": ...}, or nothing.
 
     Raises:
         RefusedError: a result is wrong, a float32 gradient on all that were tried.
@@ -210,7 +213,8 @@ def checked_runners(plan: Plan, block: Block, mode: str, dtype: str, subject: st
                 raise
         else:
             break
-    return found, gate
+    note = f"gradients were off on {seed} of {seed + 1} operands, by a ReLU near zero; others were taken"
+    return found, gate, {"note": note} if seed else {}
 
 
 def check_all(model: str, dtype: str, device: str, input_shape: tuple[int, ...]) -> int:
@@ -232,7 +236,7 @@ def measure(plan: Plan, block: Block, mode: str, dtype: str, tick: Tick = lambda
     Raises:
         RefusedError: a result is wrong; nothing has been timed.
     """
-    found, gate = checked_runners(plan, block, mode, dtype, f"{block.kind} {block.names[0]} {mode} {dtype}")
+    found, gate, note = checked_runners(plan, block, mode, dtype, f"{block.kind} {block.names[0]} {mode} {dtype}")
     timed = {name: runner for name, runner in found.items() if name != "exact"}
     ahead = {"forward": _Runner.clear, "backward": _Runner.ahead_of_backward}
     calls = {name: getattr(runner, mode) for name, runner in timed.items()}
@@ -251,7 +255,7 @@ def measure(plan: Plan, block: Block, mode: str, dtype: str, tick: Tick = lambda
     return {
         "model": plan.model, "block": block.kind, "name": block.names[0], "names": list(block.names),
         "shape": list(block.input), "batch": plan.batch, "size": plan.size, "mode": mode, "dtype": dtype,
-        "variants": variants, "ratios": ratios(samples, list(timed)),
+        "variants": variants, "ratios": ratios(samples, list(timed)), **note,
     }  # fmt: skip
 
 
@@ -308,4 +312,4 @@ def lines(record: Record) -> list[str]:
             f"{speed_up(r)} {key.partition('/')[2]}" for key, r in record["ratios"].items() if key.startswith(name)
         ]
         text.append(f"  {name:10} {'  '.join([time, *memory, *gains])}")
-    return text
+    return [*text, *(f"  {record[key]}" for key in ("note",) if key in record)]

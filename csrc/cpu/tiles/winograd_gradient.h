@@ -1,7 +1,9 @@
 // The gradient of a 3x3 convolution's weight by Winograd's F(2x2, 3x3): the derivative of winograd.h's forward.
 //
-//   dU[position] = sum over blocks of (A dY A^T)[position]^T (B^T d B)[position]     16 products (K x blocks)(blocks x
-//   C) dW = G^T dU G
+//   dU[position] = sum over blocks of (A dY A^T)[position]^T (B^T d B)[position]
+//   dW = G^T dU G
+// The sums are 16 products (K x blocks)(blocks x C).
+//
 // dY of a block is 2x2, d is 4x4; for bfloat16 neighbouring blocks form one unit. Tasks share slabs of tiles, as
 // elsewhere; where sums are large and slabs few, they share rows of positions and output channels too. Slabs are merged
 // in order when dU is transformed back.
