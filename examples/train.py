@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its default arguments keep the group, and Gloo's threads, for ever
 import torch.nn.functional as F
 from resumable import Stop, TrainingError, device_of, one_line, positive, read_run, restore, write
 from torch import Tensor, nn

@@ -264,3 +264,27 @@ def test_torchrun_trains_one_model_on_two_processes(photos, tmp_path):
     assert run.stdout.count("10 of 10 blocks fused") == 1  # only the first process prints
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["course"]["world_size"] == 2
     assert (tmp_path / "model.pth").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted where Linux lists them")
+def test_no_thread_of_the_process_group_outlives_the_run(photos, tmp_path):
+    """A thread that still held a tensor while the interpreter ends would abort the process."""
+    script = f"""
+import runpy, sys
+from pathlib import Path
+import torch
+sys.argv[1:] = {options(photos, tmp_path, "--epochs", "1")!r}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+print("after:", [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")])
+"""
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = {
+        **os.environ,
+        **group,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{SCRIPT.parents[1]}{os.pathsep}{SCRIPT.parent}",
+    }
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "10 of 10 blocks fused" in run.stdout
+    assert "gloo" not in run.stdout.partition("after:")[2]
