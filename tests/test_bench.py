@@ -14,7 +14,7 @@ from torch import nn
 
 from resfuse import fuse, models, ops
 from resfuse.bench import convolutions, parity
-from resfuse.bench.environment import describe, environment, native_environment
+from resfuse.bench.environment import cpu_name, describe, environment, native_environment
 from resfuse.bench.memory import keep_freed_memory, model_tensors, peak_resident_bytes, saved_memory
 from resfuse.bench.records import append, cell, parse, read, timings
 from resfuse.bench.shapes import batch_norm_shapes, conv_shapes
@@ -221,6 +221,16 @@ def test_environment_record():
     assert {"date", "commit", "dirty", "device", "device_name", "driver", "threads", "torch", "triton"} <= record.keys()
     assert record["torch"] in describe(record)
     assert "no checkout" in describe({**record, "commit": None, "dirty": None})
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch):
+    """Two generations may share a name and a set of vector instructions."""
+    info = "processor : 0\ncpu family : 25\nmodel : 17\nmodel name : AMD EPYC\n"
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: info)
+    assert cpu_name() == "AMD EPYC, family 25 model 17"
+    monkeypatch.setattr(Path, "read_text", lambda self: "model name : Some CPU\n")
+    assert cpu_name() == "Some CPU"
 
 
 def test_native_kernels_are_measured_only_where_they_are(capsys, monkeypatch):

@@ -92,12 +92,15 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model as the operating system names it."""
+    """The processor as the operating system names it, with family and model where it has them: names repeat."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        pairs = (line.partition(":") for line in reversed(cpuinfo.read_text().splitlines()))
+        facts = {key.strip(): value.strip() for key, _, value in pairs}
+        if "model name" in facts:
+            parts = (("family", "cpu family"), ("model", "model"))
+            generation = " ".join(f"{word} {facts[key]}" for word, key in parts if key in facts)
+            return ", ".join(filter(None, (facts["model name"], generation)))
     return platform.processor() or platform.machine()
 
 
