@@ -9,15 +9,16 @@
 namespace resfuse::cpu {
 
 template <class T>
-RESFUSE_CLONES void add_relu_loop(const T* x, const T* residual, T* out, int64_t size) {
-  store_row(out, size,
-            [&](int64_t i) RESFUSE_INLINE_LAMBDA { return clamp_below(load(x[i]) + load(residual[i]), acc_t<T>(0)); });
+void add_relu_loop(const T* x, const T* residual, T* out, int64_t size) {
+  store_rows(out, 1, size, [=](int64_t i, int64_t) RESFUSE_INLINE_LAMBDA {
+    return clamp_below(load(x[i]) + load(residual[i]), acc_t<T>(0));
+  });
 }
 
 template <class T>
-RESFUSE_CLONES void add_relu_backward_loop(const T* grad_out, const T* out, T* grad, int64_t size) {
-  store_row(grad, size,
-            [&](int64_t i) RESFUSE_INLINE_LAMBDA { return relu_gradient(load(grad_out[i]), load(out[i])); });
+void add_relu_backward_loop(const T* grad_out, const T* out, T* grad, int64_t size) {
+  store_rows(grad, 1, size,
+             [=](int64_t i, int64_t) RESFUSE_INLINE_LAMBDA { return relu_gradient(load(grad_out[i]), load(out[i])); });
 }
 
 template <class T, class F>

@@ -10,11 +10,11 @@
 namespace resfuse::cpu {
 
 template <class T>
-RESFUSE_CLONES void moments_backward_loop(const T* x, T* grad, int64_t rows, int64_t width, const acc_t<T>* mean,
-                                          const acc_t<T>* constant, const acc_t<T>* slope) {
-  for (int64_t r = 0; r < rows; ++r, x += width, grad += width)
-    store_row(grad, width,
-              [&](int64_t j) RESFUSE_INLINE_LAMBDA { return constant[j] + slope[j] * (load(x[j]) - mean[j]); });
+void moments_backward_loop(const T* x, T* grad, int64_t rows, int64_t width, const acc_t<T>* mean,
+                           const acc_t<T>* constant, const acc_t<T>* slope) {
+  store_rows(grad, rows, width, [=](int64_t i, int64_t j) RESFUSE_INLINE_LAMBDA {
+    return constant[j] + slope[j] * (load(x[i]) - mean[j]);
+  });
 }
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x) {

@@ -13,16 +13,15 @@ enum class Residual { kNone, kIdentity, kRaw };
 
 // lanes: scale, shift, residual_scale, residual_shift
 template <class T, Residual kResidual>
-RESFUSE_CLONES void scale_shift_act_loop(const T* x, const T* residual, T* out, int64_t rows, int64_t width,
-                                         const acc_t<T>* scale, const acc_t<T>* shift, const acc_t<T>* residual_scale,
-                                         const acc_t<T>* residual_shift, acc_t<T> floor) {
-  for (int64_t r = 0; r < rows; ++r, x += width, out += width, residual += width)
-    store_row(out, width, [&](int64_t j) RESFUSE_INLINE_LAMBDA {
-      acc_t<T> z = load(x[j]) * scale[j] + shift[j];
-      if constexpr (kResidual == Residual::kIdentity) z += load(residual[j]);
-      if constexpr (kResidual == Residual::kRaw) z += load(residual[j]) * residual_scale[j] + residual_shift[j];
-      return clamp_below(z, floor);
-    });
+void scale_shift_act_loop(const T* x, const T* residual, T* out, int64_t rows, int64_t width, const acc_t<T>* scale,
+                          const acc_t<T>* shift, const acc_t<T>* residual_scale, const acc_t<T>* residual_shift,
+                          acc_t<T> floor) {
+  store_rows(out, rows, width, [=](int64_t i, int64_t j) RESFUSE_INLINE_LAMBDA {
+    acc_t<T> z = load(x[i]) * scale[j] + shift[j];
+    if constexpr (kResidual == Residual::kIdentity) z += load(residual[i]);
+    if constexpr (kResidual == Residual::kRaw) z += load(residual[i]) * residual_scale[j] + residual_shift[j];
+    return clamp_below(z, floor);
+  });
 }
 
 // The operands of one call, checked once; `block` runs the loop on a block.

@@ -20,7 +20,7 @@ struct Normalized {
   const A* scale;
   const A* shift;
   const A* mean;
-  A z(A x, int64_t j) const { return x * scale[j] + shift[j]; }
+  RESFUSE_INLINE A z(A x, int64_t j) const { return x * scale[j] + shift[j]; }
 };
 
 // lanes: scale, shift, mean of x, then of the raw residual
@@ -57,30 +57,27 @@ RESFUSE_CLONES void reduce_loop(const T* grad_out, const T* x, const T* other, T
 
 // lanes: scale, shift, mean, constant, slope of x, then of the raw residual
 template <class T, Mask kMask, bool kRaw, bool kMoments>
-RESFUSE_CLONES void apply_loop(const T* grad_out, const T* x, const T* residual, T* grad_x, T* grad_residual,
-                               int64_t rows, int64_t width, const acc_t<T>* const* lanes) {
+void apply_loop(const T* grad_out, const T* x, const T* residual, T* grad_x, T* grad_residual, int64_t rows,
+                int64_t width, const acc_t<T>* const* lanes) {
   const Normalized<acc_t<T>> a{lanes[0], lanes[1], lanes[2]}, b{lanes[5], lanes[6], lanes[7]};
   const acc_t<T>*constant = lanes[3], *slope = lanes[4];
   const acc_t<T>*constant_r = lanes[8], *slope_r = lanes[9];
-  for (int64_t r = 0; r < rows;
-       ++r, grad_out += width, x += width, residual += width, grad_x += width, grad_residual += width) {
-    const auto gradients = [&](int64_t j) RESFUSE_INLINE_LAMBDA {
-      const acc_t<T> value = load(x[j]), value_r = kRaw ? load(residual[j]) : acc_t<T>(0);
-      acc_t<T> dz = load(grad_out[j]);
-      if constexpr (kMask == Mask::kRecompute && !kRaw) dz = relu_gradient(dz, a.z(value, j));
-      if constexpr (kMask == Mask::kRecompute && kRaw) dz = relu_gradient(dz, a.z(value, j) + b.z(value_r, j));
-      std::array<acc_t<T>, kRaw ? 2 : 1> grads;
-      grads[0] = dz * a.scale[j];
-      if constexpr (kMoments) grads[0] += constant[j] + slope[j] * (value - a.mean[j]);
-      if constexpr (kRaw) grads[1] = dz * b.scale[j];
-      if constexpr (kRaw && kMoments) grads[1] += constant_r[j] + slope_r[j] * (value_r - b.mean[j]);
-      return grads;
-    };
-    if constexpr (kRaw) {
-      store_rows(std::array<T*, 2>{grad_x, grad_residual}, width, gradients);
-    } else {
-      store_rows(std::array<T*, 1>{grad_x}, width, gradients);
-    }
+  const auto gradients = [=](int64_t i, int64_t j) RESFUSE_INLINE_LAMBDA {
+    const acc_t<T> value = load(x[i]), value_r = kRaw ? load(residual[i]) : acc_t<T>(0);
+    acc_t<T> dz = load(grad_out[i]);
+    if constexpr (kMask == Mask::kRecompute && !kRaw) dz = relu_gradient(dz, a.z(value, j));
+    if constexpr (kMask == Mask::kRecompute && kRaw) dz = relu_gradient(dz, a.z(value, j) + b.z(value_r, j));
+    std::array<acc_t<T>, kRaw ? 2 : 1> grads;
+    grads[0] = dz * a.scale[j];
+    if constexpr (kMoments) grads[0] += constant[j] + slope[j] * (value - a.mean[j]);
+    if constexpr (kRaw) grads[1] = dz * b.scale[j];
+    if constexpr (kRaw && kMoments) grads[1] += constant_r[j] + slope_r[j] * (value_r - b.mean[j]);
+    return grads;
+  };
+  if constexpr (kRaw) {
+    store_rows(std::array<T*, 2>{grad_x, grad_residual}, rows, width, gradients);
+  } else {
+    store_rows(std::array<T*, 1>{grad_x}, rows, width, gradients);
   }
 }
 

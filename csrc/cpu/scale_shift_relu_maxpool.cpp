@@ -96,7 +96,7 @@ RESFUSE_CLONES void pool_loop(const RingRow& ring, const acc_t<T>* const* rows, 
         }
       });
     }
-    store_row(out, lanes, [&](int64_t j) RESFUSE_INLINE_LAMBDA { return best[j]; });
+    store_rows(out, 1, lanes, [=](int64_t, int64_t j) RESFUSE_INLINE_LAMBDA { return best[j]; });
     RESFUSE_INDEPENDENT
     for (int64_t j = 0; j < lanes; ++j) indices[j] = static_cast<uint8_t>(index[j]);
   }

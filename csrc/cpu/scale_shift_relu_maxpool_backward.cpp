@@ -119,17 +119,16 @@ RESFUSE_CLONES void pooled_reduce_loop(const acc_t<T>* dz, const T* x, int64_t r
 
 // lanes: scale, shift, mean, constant, slope
 template <class T, bool kMoments>
-RESFUSE_CLONES void pooled_apply_loop(const acc_t<T>* dz, const T* x, T* grad_x, int64_t rows, int64_t width,
-                                      const acc_t<T>* const* lanes) {
+void pooled_apply_loop(const acc_t<T>* dz, const T* x, T* grad_x, int64_t rows, int64_t width,
+                       const acc_t<T>* const* lanes) {
   using A = acc_t<T>;
   const A *scale = lanes[0], *shift = lanes[1], *mean = lanes[2], *constant = lanes[3], *slope = lanes[4];
-  for (int64_t r = 0; r < rows; ++r, dz += width, x += width, grad_x += width)
-    store_row(grad_x, width, [&](int64_t j) RESFUSE_INLINE_LAMBDA {
-      const A value = load(x[j]);
-      A grad = relu_gradient(dz[j], value * scale[j] + shift[j]) * scale[j];
-      if constexpr (kMoments) grad += constant[j] + slope[j] * (value - mean[j]);
-      return grad;
-    });
+  store_rows(grad_x, rows, width, [=](int64_t i, int64_t j) RESFUSE_INLINE_LAMBDA {
+    const A value = load(x[i]);
+    A grad = relu_gradient(dz[i], value * scale[j] + shift[j]) * scale[j];
+    if constexpr (kMoments) grad += constant[j] + slope[j] * (value - mean[j]);
+    return grad;
+  });
 }
 
 Tensor scale_shift_relu_maxpool_backward_reduce(const Tensor& grad_out, const Tensor& indices, const Tensor& x,
