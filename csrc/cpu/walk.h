@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <vector>
 
 #include "memory.h"
 #include "simd.h"
@@ -32,13 +33,20 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Pixels that form one row of lanes in channels_last memory.
 inline int64_t pixels_per_row(int64_t channels) { return channels >= kMinLanes ? 1 : ceil_div(kMinLanes, channels); }
 
-// Tasks are handed out one by one, so a thread that is held up does not hold up the others. Which thread runs a task
-// has no influence on results: every task writes its own output.
 inline int64_t workers_for(int64_t tasks, int64_t elements) {
   const int64_t useful = std::min(tasks, std::max<int64_t>(elements / kGrainElements, 1));
   return std::min<int64_t>(useful, torch::stable::get_num_threads());
 }
 
+// Consecutive tasks of one worker.
+struct alignas(64) TaskRun {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
+// Each worker has a run of tasks of its own, the same share of a tensor in one call after the other, so that it finds
+// in its cache what it wrote there; one that is done helps the others, so that no thread that is held up holds up the
+// rest. Which thread runs a task has no influence on results: every task writes its own output.
 template <class F>
 void parallel_tasks(int64_t tasks, int64_t elements, const F& f) {
   const int64_t workers = workers_for(tasks, elements);
@@ -46,10 +54,18 @@ void parallel_tasks(int64_t tasks, int64_t elements, const F& f) {
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;
   }
-  std::atomic<int64_t> next{0};
+  std::vector<TaskRun> runs(static_cast<size_t>(workers));
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    TaskRun& run = runs[static_cast<size_t>(worker)];
+    run.next = worker * tasks / workers;
+    run.end = (worker + 1) * tasks / workers;
+  }
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task = next++; task < tasks; task = next++) f(task);
+      for (int64_t turn = 0; turn < workers; ++turn) {
+        TaskRun& run = runs[static_cast<size_t>((worker + turn) % workers)];
+        for (int64_t task = run.next++; task < run.end; task = run.next++) f(task);
+      }
   });
 }
 

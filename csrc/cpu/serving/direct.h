@@ -145,13 +145,14 @@ void run_convolution(const DirectConvolution<T>& c, int64_t images) {
   const Blocks blocks(flat, images, c.out.height, c.out.width, c.strips(), c.in.row_step * size * c.stride[0],
                       c.in.pixel_step * size, c.kernel.units * c.kernel.windows.lanes * c.strips() * 4);
   const int64_t work = images * c.out.height * c.out.width * c.out.channels * 16;
-  const int64_t ahead = ceil_div(workers_for(blocks.tasks(), work), blocks.cuts);  // tiles until this thread's next
   parallel_tasks(blocks.tasks(), work, [&](int64_t task) {
     const int64_t tile = task / blocks.cuts, cut = task % blocks.cuts;
     const Part part = blocks.part(tile);
     Prefetcher next;
-    if (tile + ahead < blocks.tiles) {
-      const Part later = blocks.part(tile + ahead);
+    // this thread will likely take the next task
+    const int64_t later_tile = (task + 1) / blocks.cuts;
+    if (tile < later_tile && later_tile < blocks.tiles) {
+      const Part later = blocks.part(later_tile);
       flat ? c.prefetch(true, later.column, later.column + later.pixels, next)
            : c.prefetch(false, later.first, later.last, next);
     }

@@ -114,7 +114,6 @@ void run_winograd(const Winograd<T>& w, int64_t images) {
   const int64_t cuts = std::clamp<int64_t>(ceil_div(kMinTasks, blocks), 1, std::min<int64_t>(panels, 4));
   const int64_t work = images * w.out.height * w.out.width * w.out.channels * 16;
   const std::vector<Tap> taps{{0, w.units(), w.step(), w.step()}};
-  const int64_t ahead = ceil_div(workers_for(blocks * cuts, work), cuts);  // blocks until this thread's next
   parallel_tasks(blocks * cuts, work, [&](int64_t task) {
     const int64_t block = task / cuts, cut = task % cuts;
     const int64_t begin = block * pieces.count / blocks, count = (block + 1) * pieces.count / blocks - begin;
@@ -130,8 +129,9 @@ void run_winograd(const Winograd<T>& w, int64_t images) {
     Prefetcher next;
     pieces.prefetch(w.residual, begin, begin + count, next);
     pieces.prefetch(w.out, begin, begin + count, next);
-    const int64_t later = block + ahead;
-    if (later < blocks) pieces.prefetch(w.in, later * pieces.count / blocks, (later + 1) * pieces.count / blocks, next);
+    const int64_t later = (task + 1) / cuts;  // this thread will likely take the next task
+    if (block < later && later < blocks)
+      pieces.prefetch(w.in, later * pieces.count / blocks, (later + 1) * pieces.count / blocks, next);
     next.spread(kPositions * own * ceil_div(count, kMaxPixels));
     for (int64_t position = 0; position < kPositions; ++position)
       for (int64_t panel = 0; panel < own; ++panel)

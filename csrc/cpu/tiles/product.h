@@ -182,7 +182,6 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
   const int64_t lanes = taps.windows.lanes;
   const int64_t max_pixels = plan.rows * h.out_step * plan.columns * w.out_step;
   const int64_t work = plan.images * h.out * w.out * plan.out_channels * 16;
-  const int64_t workers = workers_for(slabs.slabs * slabs.blocks, work);
   parallel_tasks(slabs.slabs * slabs.blocks, work, [&](int64_t task) {
     const int64_t slab = task / slabs.blocks, block = task % slabs.blocks;
     using U = unit_t<T>;
@@ -199,8 +198,8 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
       const int64_t patch_row = w.patch(tile.columns) * h.base_step;  // patch pixels between rows of base pixels
       const int64_t pixel = (tile.image * h.out + row) * w.out + column;
       Prefetcher next;
-      // after a slab's last tile, this thread will likely take the task that is one round of workers away
-      const int64_t later = (task + workers) / slabs.blocks;
+      // after a slab's last tile, this thread will likely take the next task
+      const int64_t later = (task + 1) / slabs.blocks;
       const bool last = index + 1 == slabs.first_tile(slab + 1);
       if (!last || later < slabs.slabs) ahead(plan.tile(last ? slabs.first_tile(later) : index + 1), next);
       next.spread((slabs.first_panel(block + 1) - slabs.first_panel(block)) * kPanel / lanes * rows *

@@ -209,7 +209,6 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
   const int64_t work = plan.images * plan.height.out * plan.width.out * out_channels * 16;
 
   const auto add = sums.strips.lanes == kPanel ? accumulate<U, 2> : accumulate<U, 1>;
-  const int64_t workers = workers_for(slabs * blocks, work);
   parallel_tasks(slabs * blocks, work, [&](int64_t task) {
     const auto [bundles, strips] = sums.blocks[static_cast<size_t>(task % blocks)];
     const int64_t slab = task / blocks;
@@ -230,8 +229,8 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
     for (int64_t index = first_tile; index < (slab + 1) * tiles / slabs; ++index) {
       const Tile tile = plan.tile(index);
       Prefetcher next;
-      // after its last tile, this thread will likely take the task that is one round of workers away
-      const int64_t later = (task + workers) / blocks;
+      // after its last tile, this thread will likely take the next task
+      const int64_t later = (task + 1) / blocks;
       const bool last = index + 1 == (slab + 1) * tiles / slabs;
       if (!last || later < slabs) {
         const Tile following = plan.tile(last ? later * tiles / slabs : index + 1);

@@ -249,7 +249,6 @@ void run_winograd(const WinogradPlan& plan, const unit_t<T>* packed, const TileS
   const int64_t step = plan.block_step, units = ceil_div(plan.in_channels, kUnit<T>), size = units * kPanel;
   const int64_t input_step = plan.blocks * step, product_step = plan.blocks * kPanel;
   const int64_t work = plan.images * plan.height.out * plan.width.out * plan.out_channels * 16;
-  const int64_t workers = workers_for(slabs.slabs * slabs.blocks, work);
   const std::vector<Tap> taps{{0, units, step, step}};
   parallel_tasks(slabs.slabs * slabs.blocks, work, [&](int64_t task) {
     const int64_t slab = task / slabs.blocks, share = task % slabs.blocks;
@@ -262,7 +261,7 @@ void run_winograd(const WinogradPlan& plan, const unit_t<T>* packed, const TileS
     float *patch = carver.take<float>(sizes[0]), *products = carver.take<float>(sizes[1]);
     float* values = carver.take<float>(sizes[2]);
     const int64_t first_panel = slabs.first_panel(share), last_panel = slabs.first_panel(share + 1);
-    const int64_t last_tile = slabs.first_tile(slab + 1), later = (task + workers) / slabs.blocks;
+    const int64_t last_tile = slabs.first_tile(slab + 1), later = (task + 1) / slabs.blocks;
     for (int64_t first = slabs.first_tile(slab); first < last_tile; first += plan.group) {
       const int64_t end = std::min(first + plan.group, last_tile);
       int64_t blocks = 0;

@@ -129,7 +129,6 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
   const int64_t grad_step = pixel_units<float>(shares.most_bundles() * kWeightChannels);
   const int64_t input_step = most_steps * step, position_step = most_steps * grad_step, count = shares.count();
   const int64_t work = plan.images * plan.height.out * plan.width.out * plan.out_channels * 16;
-  const int64_t workers = workers_for(sums.slabs * count, work);
   parallel_tasks(sums.slabs * count, work, [&](int64_t task) {
     const int64_t slab = task / count;
     const Range positions = shares.positions(task % count), bundles = shares.bundles_of(task % count);
@@ -145,7 +144,7 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
     const BlockSteps<U> input_steps(inputs, step, input_step, shares.rows * 4);
     const BlockSteps<U> gradient_steps(gradients, grad_step, position_step, shares.rows * 4);
     const auto tile_of = [&](int64_t at) { return at * tiles / sums.slabs; };
-    const int64_t last = tile_of(slab + 1), later = (task + workers) / count;
+    const int64_t last = tile_of(slab + 1), later = (task + 1) / count;
     for (int64_t first = tile_of(slab); first < last; first += plan.group) {
       const int64_t end = std::min(first + plan.group, last);
       int64_t blocks = 0;
