@@ -108,32 +108,30 @@ struct Part {
   int64_t first, last, column, pixels;
 };
 
-// How a convolution's pixels and strips are shared out. A line is a row, or all pixels.
+// How a convolution's pixels and strips are shared out, in parts as equal as can be. A line is a row, or all pixels.
 struct Blocks {
   int64_t lines, pixels;  // of the whole, and of a line
-  int64_t tall, wide;     // of a block
-  int64_t tiles, cuts;    // blocks of pixels, and of strips for each
+  int64_t down, across;   // blocks of pixels
+  int64_t cuts;           // of the strips, for each
   int64_t strips;
 
   Blocks(bool flat, int64_t images, int64_t height, int64_t width, int64_t strip_count, int64_t line_bytes,
          int64_t pixel_bytes, int64_t weight_bytes)
       : lines(flat ? 1 : images * height), pixels(flat ? images * height * width : width), strips(strip_count) {
     const int64_t most = weight_bytes <= kWeightBytes ? kFewPixels : kMostPixels;
-    tall = std::clamp<int64_t>(kInputBytes / std::max<int64_t>(line_bytes, 1), 1, std::max<int64_t>(most / pixels, 1));
-    wide =
-        flat ? std::clamp<int64_t>(kInputBytes / pixel_bytes / kMaxPixels * kMaxPixels, 2 * kMaxPixels, most) : pixels;
-    wide = std::min(wide, pixels);
-    // blocks of equal size
-    tall = ceil_div(lines, ceil_div(lines, tall));
-    wide = flat ? std::min(pixels, round_up(ceil_div(pixels, ceil_div(pixels, wide)), kMaxPixels)) : pixels;
-    tiles = ceil_div(lines, tall) * ceil_div(pixels, wide);
-    cuts = std::clamp<int64_t>(ceil_div(kMinTasks, tiles), 1, strips);
+    const int64_t tall =
+        std::clamp<int64_t>(kInputBytes / std::max<int64_t>(line_bytes, 1), 1, std::max<int64_t>(most / pixels, 1));
+    const int64_t wide = std::clamp<int64_t>(kInputBytes / pixel_bytes, 2 * kMaxPixels, most);
+    down = ceil_div(lines, tall);
+    across = flat ? ceil_div(pixels, wide) : 1;
+    cuts = std::clamp<int64_t>(ceil_div(kMinTasks, tiles()), 1, strips);
   }
-  int64_t tasks() const { return tiles * cuts; }
+  int64_t tiles() const { return down * across; }
+  int64_t tasks() const { return tiles() * cuts; }
   int64_t first_strip(int64_t cut) const { return cut * strips / cuts; }
   Part part(int64_t tile) const {
-    const int64_t across = ceil_div(pixels, wide), first = tile / across * tall, column = tile % across * wide;
-    return {first, std::min(first + tall, lines), column, std::min(wide, pixels - column)};
+    const int64_t row = tile / across, column = tile % across, begin = column * pixels / across;
+    return {row * lines / down, (row + 1) * lines / down, begin, (column + 1) * pixels / across - begin};
   }
 };
 
@@ -151,7 +149,7 @@ void run_convolution(const DirectConvolution<T>& c, int64_t images) {
     Prefetcher next;
     // this thread will likely take the next task
     const int64_t later_tile = (task + 1) / blocks.cuts;
-    if (tile < later_tile && later_tile < blocks.tiles) {
+    if (tile < later_tile && later_tile < blocks.tiles()) {
       const Part later = blocks.part(later_tile);
       flat ? c.prefetch(true, later.column, later.column + later.pixels, next)
            : c.prefetch(false, later.first, later.last, next);
