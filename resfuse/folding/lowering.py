@@ -15,6 +15,7 @@ from resfuse.folding.program import PANEL, Chunk, Pair, Step, StepKind, Value, e
 
 _NARROW = 16  # channels of an input below which a row of taps is multiplied as one run
 _CHUNK_BYTES = 1 << 20  # of what a step reads and writes, for as many images as are taken at once
+_TRANSFORMED = 4 * PANEL  # output channels whose weights are transformed at once
 _MIN_PIECES = 32  # of a Winograd convolution: below, its larger weight is read for too few products
 
 
@@ -72,13 +73,24 @@ def _padded(vector: Tensor) -> Tensor:
 def _winograd_weight(weight: Tensor) -> Tensor:
     """G g G^T by position, each packed: (Lavin and Gray) for F(2x2, 3x3). Little is held beside the result."""
     g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-    packed = []
-    for down in g:
-        taps = _combined(down, weight.unbind(2))
-        for across in g:
-            position = _combined(across, taps.unbind(2)).to(weight.dtype)
-            packed.append(ops.pack_weight(position[:, :, None, None], 1))
-    return torch.cat(packed)
+    packed, begin = torch.empty(0), 0
+    for some in weight.split(_TRANSFORMED):
+        positions = []
+        for down in g:
+            taps = _combined(down, some.unbind(2))
+            for across in g:
+                position = _combined(across, taps.unbind(2)).to(weight.dtype)
+                positions.append(ops.pack_weight(position[:, :, None, None], 1))
+        part = torch.stack(positions)
+        if begin == 0:
+            packed = part.new_empty(len(part), part.shape[1] // _panels(some) * _panels(weight))
+        packed[:, begin : begin + part.shape[1]] = part
+        begin += part.shape[1]
+    return packed.flatten()
+
+
+def _panels(weight: Tensor) -> int:
+    return -(-len(weight) // PANEL)
 
 
 def _combined(factors: Tensor, parts: Sequence[Tensor]) -> Tensor:
