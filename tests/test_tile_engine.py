@@ -67,6 +67,7 @@ CONVOLUTIONS = {
     "pointwise-strided": dict(k=33, c=64, kernel=1, stride=(2, 3)),
     "winograd": dict(k=64, c=48, padding=(1, 1)),
     "winograd-odd": dict(k=37, c=65, padding=(1, 1)),
+    "winograd-parts": dict(k=304, c=34, padding=(1, 1)),  # weights are transformed in parts, the last not a whole one
     "3x3-strided": dict(k=40, c=24, stride=(2, 2), padding=(1, 1)),
     "dilated": dict(k=20, c=17, padding=(2, 3), dilation=(2, 3)),
     "no-padding": dict(k=16, c=16, kernel=(2, 3), stride=(1, 2)),

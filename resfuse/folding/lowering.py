@@ -90,7 +90,8 @@ def _winograd_weight(weight: Tensor) -> Tensor:
 
 
 def _panels(weight: Tensor) -> int:
-    return -(-len(weight) // PANEL)
+    """Of this processor's vectors, to which packed output channels are padded."""
+    return -(-len(weight) // (2 * ops.tile_lanes))
 
 
 def _combined(factors: Tensor, parts: Sequence[Tensor]) -> Tensor:
