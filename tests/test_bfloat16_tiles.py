@@ -50,8 +50,10 @@ def test_serving_computes_what_the_processor_multiplies():
     ops.tile_operands.get(BFLOAT16) != BFLOAT16, reason="without AVX512_BF16 every test runs this way already"
 )
 def test_what_is_multiplied_as_float_passes_the_same_tests():
-    selected = "bfloat16 and (conv_stats or conv_act or second_moments or folding)"
-    files = [str(Path(__file__).with_name(name)) for name in ("test_tiles.py", "test_folded_blocks.py")]
+    selected = "bfloat16 and (conv_stats or conv_act or second_moments or folding or scale_shift_act or add_relu)"
+    files = [
+        str(Path(__file__).with_name(name)) for name in ("test_tiles.py", "test_folded_blocks.py", "test_units.py")
+    ]
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-k", selected, *files],
         env={**os.environ, "RESFUSE_AVX512_BF16": "0"}, capture_output=True, text=True, cwd=Path(__file__).parents[1],

@@ -74,13 +74,7 @@ RESFUSE_TILES_END
 // Whether this processor rounds results of T by blocks.
 template <class T>
 bool rounds_blocks() {
-#if RESFUSE_HAS_TILES
-  static const bool found =
-      __builtin_cpu_supports("x86-64-v4") && (std::is_same_v<T, Half> || __builtin_cpu_supports("avx512bf16"));
-  return found;
-#else
-  return false;
-#endif
+  return std::is_same_v<T, Half> ? has_avx512() : std::is_same_v<T, BFloat16> && multiplies_bfloat16();
 }
 
 template <class T, size_t N, class F>
