@@ -49,9 +49,9 @@ struct JoinedProduct {
     unit_t<T>* packed = pack_weight<T>(plan, taps, weight, layout, 1, false, lane_scale);
     pack_appended<T>(branch.weight, taps, appended, packed);
     const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
-      fill_patch(plan, tile, source, 0, shape.in_channels, reinterpret_cast<operand_t<T>*>(patch), step * kUnit<T>);
+      fill_patch(plan, tile, source, 0, shape.in_channels, patch_pixels<T>(patch, step));
       fill_patch(second, tile, branch.source, 0, branch.shape.in_channels,
-                 reinterpret_cast<operand_t<T>*>(patch + second_begin), second_step * kUnit<T>);
+                 patch_pixels<T>(patch + second_begin, second_step));
     };
     const auto ahead = [&](const Tile& tile, Prefetcher& to) {
       prefetch_tile(plan, tile, source, to);

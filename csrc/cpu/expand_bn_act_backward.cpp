@@ -51,8 +51,8 @@ void expand_input_tiles(const ConvShape& shape, const T* dz, const Activation<T>
   epilogue.sums = &sums;
   const OutputGradient<T> grad{dz, nullptr, shape.out_channels, nullptr, nullptr, nullptr, nullptr, nullptr};
   const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
-    fill_patch(plan, tile, grad, 0, shape.out_channels, reinterpret_cast<operand_t<T>*>(patch), dz_step * kUnit<T>);
-    fill_patch(second, tile, source, 0, channels, reinterpret_cast<operand_t<T>*>(patch + a_begin), a_step * kUnit<T>);
+    fill_patch(plan, tile, grad, 0, shape.out_channels, patch_pixels<T>(patch, dz_step));
+    fill_patch(second, tile, source, 0, channels, patch_pixels<T>(patch + a_begin, a_step));
     ConstantRow::set(patch + constant_at);
   };
   const auto ahead = [&](const Tile& tile, Prefetcher& to) {

@@ -32,14 +32,14 @@ class Convolution {
     const auto ahead = [&](const Tile& tile, Prefetcher& to) { prefetch_tile(plan(), tile, source, to); };
     if (blocks_) {
       const auto fill = [&, wide = source.wide()](const Tile& tile, float* patch) {
-        fill_patch(*blocks_, tile, wide, 0, blocks_->in_channels, patch, blocks_->step);
+        fill_patch(*blocks_, tile, wide, 0, blocks_->in_channels, Pixels(patch, blocks_->step));
       };
       const unit_t<T>* packed = pack_winograd<T>(*blocks_, weight, layout, backward_, lane_scale);
       return run_winograd<T>(*blocks_, packed, slabs(), fill, ahead, epilogue);
     }
     const int64_t step = pixel_units<T>(plan().in_channels), kernel_width = shape_.width.kernel;
     const auto fill = [&](const Tile& tile, unit_t<T>* patch) {
-      fill_patch(plan(), tile, source, 0, plan().in_channels, reinterpret_cast<operand_t<T>*>(patch), step * kUnit<T>);
+      fill_patch(plan(), tile, source, 0, plan().in_channels, patch_pixels<T>(patch, step));
     };
     const Taps taps(plan(), kernel_width, kUnit<T>, step);
     const unit_t<T>* packed = pack_weight<T>(plan(), taps, weight, layout, kernel_width, backward_, lane_scale);

@@ -21,6 +21,7 @@ RESFUSE_TILES_BEGIN
 namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kPanel = 2 * kLanes;  // channels side by side
+constexpr int64_t kAheadSteps = 8;      // steps of `accumulate` between asking for a line of p and reading it
 constexpr int64_t kSumSteps = 512;      // a longer sum is one of sums: it rounds less, at 1 % of its time
 
 template <class T>
@@ -120,11 +121,12 @@ void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<
   }
 }
 
-// Rows of pixels: p is dense over all rows, row r of q begins at q + rows[r]. `first`: w is written, not added to.
+// Rows of pixels: p is dense over all rows, row r of q begins at q + rows[r], and q's vectors lie q_vector apart.
+// `first`: w is written, not added to.
 // The rows are summed from zero and then added to w: a sum of short sums rounds less than one long one.
 template <class U, int V>
-__attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q, int64_t q_step, const int64_t* rows,
-                                          int64_t row_count, int64_t steps, bool first, float* w) {
+__attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q, int64_t q_step, int64_t q_vector,
+                                          const int64_t* rows, int64_t row_count, int64_t steps, bool first, float* w) {
   constexpr int R = kWeightChannels;
   Lanes sum[R][V];
   for (int r = 0; r < R; ++r)
@@ -132,8 +134,9 @@ __attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q
   for (int64_t row = 0; row < row_count; ++row) {
     const U* at = q + rows[row];
     for (int64_t i = 0; i < steps; ++i, p += p_step, at += q_step) {
+      _mm_prefetch(reinterpret_cast<const char*>(p + kAheadSteps * p_step), _MM_HINT_T0);
       decltype(load_units(at)) lanes[V];
-      for (int v = 0; v < V; ++v) lanes[v] = load_units(at + v * kLanes);
+      for (int v = 0; v < V; ++v) lanes[v] = load_units(at + v * q_vector);
       for (int r = 0; r < R; ++r) {
         const auto value = broadcast_unit(p[r]);
         for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);

@@ -24,6 +24,34 @@ int64_t pixel_units(int64_t channels) {
   return (ceil_div(bytes, 64) | 1) * 16;
 }
 
+// Where pixels lie, `pixel_step` apart; their channels are vectors of kLanes, `vector_step` apart: side by side, or
+// each with all its pixels.
+template <class O>
+struct Pixels {
+  O* data;
+  int64_t pixel_step, vector_step;
+
+  Pixels(O* first, int64_t pixels_apart, int64_t vectors_apart = kLanes)
+      : data(first), pixel_step(pixels_apart), vector_step(vectors_apart) {}
+  RESFUSE_LANES O* at(int64_t pixel, int64_t c) const {
+    return data + pixel * pixel_step + c / kLanes * vector_step + c % kLanes;
+  }
+  Pixels from(int64_t pixel) const { return {at(pixel, 0), pixel_step, vector_step}; }
+
+  // `count` pixels of `channels`
+  void clear(int64_t count, int64_t channels) const {
+    const int64_t runs = vector_step == kLanes ? 1 : ceil_div(channels, kLanes);
+    for (int64_t i = 0; i < runs; ++i)
+      std::memset(static_cast<void*>(data + i * vector_step), 0, static_cast<size_t>(count * pixel_step) * sizeof(O));
+  }
+};
+
+// Pixels of a patch as they are multiplied by a forward product, `step` units apart.
+template <class T>
+Pixels<operand_t<T>> patch_pixels(unit_t<T>* patch, int64_t step) {
+  return {reinterpret_cast<operand_t<T>*>(patch), step * kUnit<T>};
+}
+
 // A storage type whose values are floats from the load on, where T's are multiplied in pairs.
 template <class T>
 using wide_t = std::conditional_t<kUnit<T> == 1, T, WideBFloat16>;
@@ -153,49 +181,46 @@ struct ShiftedActivation {
   }
 };
 
-// `count` pixels from `pixel` on, `step` apart, of channels [begin, end), to `to_step` operands apart.
+// `count` pixels from `pixel` on, `step` apart, of channels [begin, end).
 template <bool kComputed, class O, class S>
-void fill_pixels(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end, O* to,
-                 int64_t to_step) {
+void fill_pixels(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end,
+                 const Pixels<O>& to) {
   const int64_t whole = begin + (end - begin) / kLanes * kLanes;
-  for (int64_t i = 0; i < count; ++i, pixel += step, to += to_step) {
-    for (int64_t c = begin; c < whole; c += kLanes)
-      store_rounded(to + c - begin, source.template get<kComputed>(pixel, c, kAllLanes));
-    if (whole < end)
-      store_rounded(to + whole - begin, source.template get<kComputed>(pixel, whole, lane_mask(whole, end)));
+  for (int64_t i = 0; i < count; ++i, pixel += step) {
+    O* at = to.at(i, 0);
+    for (int64_t c = begin; c < whole; c += kLanes, at += to.vector_step)
+      store_rounded(at, source.template get<kComputed>(pixel, c, kAllLanes));
+    if (whole < end) store_rounded(at, source.template get<kComputed>(pixel, whole, lane_mask(whole, end)));
   }
 }
 
 template <class O, class S>
-void fill_row(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end, O* to,
-              int64_t to_step) {
-  if (source.computed()) return fill_pixels<true>(source, pixel, step, count, begin, end, to, to_step);
-  fill_pixels<false>(source, pixel, step, count, begin, end, to, to_step);
+void fill_row(const S& source, int64_t pixel, int64_t step, int64_t count, int64_t begin, int64_t end,
+              const Pixels<O>& to) {
+  if (source.computed()) return fill_pixels<true>(source, pixel, step, count, begin, end, to);
+  fill_pixels<false>(source, pixel, step, count, begin, end, to);
 }
 
-// Rows of a patch: patch pixel (r, c) at to + (r * columns + c) * step values; what lies outside the input is zero.
+// Rows of a patch: patch pixel (r, c) is to's r * columns + c; what lies outside the input is zero.
 template <class O, class S>
-void fill_patch(const Plan& plan, const Tile& tile, const S& source, int64_t begin, int64_t end, O* to, int64_t step) {
+void fill_patch(const Plan& plan, const Tile& tile, const S& source, int64_t begin, int64_t end, Pixels<O> to) {
   const AxisPlan &h = plan.height, &w = plan.width;
   const int64_t rows = h.patch(tile.rows), columns = w.patch(tile.columns);
   const int64_t first_row = tile.row * h.base_step + h.origin, first = tile.column * w.base_step + w.origin;
   const int64_t left = std::clamp<int64_t>(-first, 0, columns);
   const int64_t inside =
       std::clamp<int64_t>(ceil_div(w.in, w.in_step) - std::max<int64_t>(first, 0), 0, columns - left);
-  for (int64_t r = 0; r < rows; ++r, to += columns * step) {
+  for (int64_t r = 0; r < rows; ++r, to = to.from(columns)) {
     const int64_t row = (first_row + r) * h.in_step;
     if (row < 0 || row >= h.in) {
-      std::memset(static_cast<void*>(to), 0, static_cast<size_t>(columns * step) * sizeof(O));
+      to.clear(columns, end - begin);
       continue;
     }
-    const auto clear = [&](int64_t from, int64_t count) {
-      if (count > 0)
-        std::memset(static_cast<void*>(to + from * step), 0, static_cast<size_t>(count * step) * sizeof(O));
-    };
-    clear(0, left);
+    if (left > 0) to.clear(left, end - begin);
     const int64_t pixel = (tile.image * h.in + row) * w.in + (first + left) * w.in_step;
-    fill_row(source, pixel, w.in_step, inside, begin, end, to + left * step, step);
-    clear(left + inside, columns - left - inside);
+    fill_row(source, pixel, w.in_step, inside, begin, end, to.from(left));
+    const int64_t right = columns - left - inside;
+    if (right > 0) to.from(left + inside).clear(right, end - begin);
   }
 }
 

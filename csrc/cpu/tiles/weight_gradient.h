@@ -108,16 +108,32 @@ struct WeightSums {
   }
 };
 
+// Operands lie as the sum reads them: each vector of channels with all its pixels, one run of memory. Bundles that are
+// no part of a vector need their pixels' channels side by side.
+constexpr bool kBundlesInVectors = kLanes % kWeightChannels == 0;
+
+inline int64_t vector_units(int64_t steps) { return pixel_units<float>(steps * kLanes); }
+
+// An operand of p, of `steps` pixels or pairs of them, and the memory that it takes.
+template <class U>
+Pixels<U> bundled(U* data, int64_t steps, int64_t channels) {
+  return kBundlesInVectors ? Pixels<U>(data, kLanes, vector_units(steps))
+                           : Pixels<U>(data, pixel_units<float>(channels));
+}
+inline int64_t bundled_size(int64_t steps, int64_t channels) {
+  return kBundlesInVectors ? ceil_div(channels, kLanes) * vector_units(steps) : steps * pixel_units<float>(channels);
+}
+
 // One row of one operand, its units in pairs or not.
 template <class T, class S>
 void fill_units(const S& source, int64_t pixel, int64_t step, int64_t columns, int64_t begin, int64_t end,
-                unit_t<T>* to, int64_t to_step) {
+                const Pixels<unit_t<T>>& to) {
   if constexpr (kUnit<T> == 1) {
-    fill_row(source, pixel, step, columns, begin, end, to, to_step);
+    fill_row(source, pixel, step, columns, begin, end, to);
   } else if (source.computed()) {
-    pair_pixels(std::true_type{}, source, pixel, step, columns, begin, end, to, to_step);
+    pair_pixels(std::true_type{}, source, pixel, step, columns, begin, end, to);
   } else {
-    pair_pixels(std::false_type{}, source, pixel, step, columns, begin, end, to, to_step);
+    pair_pixels(std::false_type{}, source, pixel, step, columns, begin, end, to);
   }
 }
 
@@ -128,66 +144,63 @@ inline int64_t first_pixel(const Plan& plan, const Tile& tile, int64_t row) {
 }
 
 // The layout of q, the input's side of the sum, in units. A pointwise tap reads each pixel once, so q is filled
-// straight from the source; else a patch is filled first, and for bfloat16 every pixel is paired with its right
+// straight from the source; else q is a patch, and for bfloat16 every pixel of a patch is paired with its right
 // neighbour.
 template <class T>
 struct InputSide {
   const Plan& plan;
-  int64_t patch_step, unit_step, q_step;  // units between pixels of the patch, between those of q, and in a step
+  int64_t patch_step;           // units between pixels of a patch whose pixels are paired
+  int64_t vector_step, q_step;  // units between vectors of q, and between the pixels of its steps
   int64_t patch_size, q_size;
   bool pointwise;
 
   InputSide(const Plan& p, int64_t channels)
       : plan(p),
         patch_step(pixel_units<T>(channels)),
-        unit_step(pixel_units<float>(channels)),
         pointwise(p.height.span == 0 && p.width.span == 0 && p.height.base_step == 1 && p.width.base_step == 1 &&
                   p.height.origin == 0 && p.width.origin == 0) {
     const int64_t pixels = p.patch_pixels();
-    patch_size = pointwise ? 0 : pixels * patch_step;
-    q_size = pointwise ? p.rows * ceil_div(p.columns, kUnit<T>) * unit_step : kUnit<T> == 1 ? 0 : pixels * unit_step;
-    q_step = (pointwise ? 1 : p.width.base_step * kUnit<T>)*unit_step;
+    patch_size = pointwise || kUnit<T> == 1 ? 0 : pixels * patch_step;
+    vector_step = vector_units(pointwise ? p.rows * ceil_div(p.columns, kUnit<T>) : pixels);
+    q_size = round_up(channels, kPanel) / kLanes * vector_step;  // a strip of the last channels is read as a panel
+    q_step = (pointwise ? 1 : p.width.base_step * kUnit<T>)*kLanes;
   }
 
   int64_t row(int64_t base_row, int64_t steps, int64_t columns, const AxisTap& h, const AxisTap& w) const {
-    if (pointwise) return base_row * steps * unit_step;
-    return ((base_row * plan.height.base_step + h.offset) * columns + w.offset) * unit_step;
+    if (pointwise) return base_row * steps * kLanes;
+    return ((base_row * plan.height.base_step + h.offset) * columns + w.offset) * kLanes;
   }
 
   // channels [begin, end)
   template <class A>
-  const unit_t<T>* fill(const Tile& tile, const A& input, int64_t begin, int64_t end, unit_t<T>* patch,
-                        unit_t<T>* q) const {
+  void fill(const Tile& tile, const A& input, int64_t begin, int64_t end, unit_t<T>* patch,
+            const Pixels<unit_t<T>>& q) const {
     const AxisPlan &h = plan.height, &w = plan.width;
     const int64_t columns = w.patch(tile.columns);
     if (pointwise) {
       const int64_t steps = ceil_div(tile.columns, kUnit<T>);
       for (int64_t r = 0; r < tile.rows; ++r) {
-        fill_units<T>(input, first_pixel(plan, tile, r), w.in_step, tile.columns, begin, end, q + r * steps * unit_step,
-                      unit_step);
+        fill_units<T>(input, first_pixel(plan, tile, r), w.in_step, tile.columns, begin, end, q.from(r * steps));
       }
-      return q;
-    }
-    auto* values = reinterpret_cast<operand_t<T>*>(patch);
-    fill_patch(plan, tile, input, begin, end, values, patch_step * kUnit<T>);
-    if constexpr (kUnit<T> == 1) {
-      return patch;
+    } else if constexpr (kUnit<T> == 1) {
+      fill_patch(plan, tile, input, begin, end, q);
     } else {
+      auto* values = reinterpret_cast<T*>(patch);
+      fill_patch(plan, tile, input, begin, end, Pixels(values, patch_step * 2));
       for (int64_t r = 0; r < h.patch(tile.rows); ++r)
         pair_row(values + r * columns * patch_step * 2, columns, patch_step * 2, 1, w.base_step, columns, end - begin,
-                 q + r * columns * unit_step, unit_step);
-      return q;
+                 q.from(r * columns));
     }
   }
 };
 
 // Add the columns of one tile's p to a slab's sums.
-inline void add_columns(const float* p, int64_t p_step, int64_t steps, int64_t channels, double* to) {
+inline void add_columns(const Pixels<float>& p, int64_t steps, int64_t channels, double* to) {
   for (int64_t c = 0; c < channels; c += kLanes) {
     DoubleLanes total;
     for (int64_t begin = 0; begin < steps; begin += kFloatRows) {
       Lanes sum = zero_lanes();
-      for (int64_t i = begin; i < std::min(steps, begin + kFloatRows); ++i) sum += load_lanes(p + i * p_step + c);
+      for (int64_t i = begin; i < std::min(steps, begin + kFloatRows); ++i) sum += load_lanes(p.at(i, c));
       total.add(sum);
     }
     alignas(64) double values[kLanes];
@@ -204,8 +217,8 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
   const int64_t slabs = sums.slabs, tiles = plan.tiles(), out_channels = plan.out_channels;
   const AxisPlan &h = plan.height, &w = plan.width;
   const InputSide<T> side(plan, std::min(sums.max_strips * sums.strips.lanes, plan.in_channels));
-  const int64_t p_step = pixel_units<float>(sums.max_bundles * kWeightChannels), blocks = sums.block_count();
-  const int64_t max_steps = plan.rows * ceil_div(plan.columns, kUnit<T>);
+  const int64_t max_steps = plan.rows * ceil_div(plan.columns, kUnit<T>), blocks = sums.block_count();
+  const int64_t p_channels = sums.max_bundles * kWeightChannels, p_size = bundled_size(max_steps, p_channels);
   const int64_t work = plan.images * plan.height.out * plan.width.out * out_channels * 16;
 
   const auto add = sums.strips.lanes == kPanel ? accumulate<U, 2> : accumulate<U, 1>;
@@ -215,13 +228,12 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
     const int64_t begin = bundles.begin * kWeightChannels, end = std::min(bundles.end * kWeightChannels, out_channels);
     const int64_t in_begin = strips.begin * sums.strips.lanes,
                   in_end = std::min(strips.end * sums.strips.lanes, plan.in_channels);
-    // the last strip of either operand may be read as a whole panel
-    const int64_t bytes = Carver::bytes_of<U>(side.patch_size + kPanel) + Carver::bytes_of<U>(side.q_size + kPanel) +
-                          Carver::bytes_of<U>(max_steps * p_step) + Carver::bytes_of<int64_t>(plan.rows);
+    const int64_t bytes = Carver::bytes_of<U>(side.patch_size) + Carver::bytes_of<U>(side.q_size) +
+                          Carver::bytes_of<U>(p_size) + Carver::bytes_of<int64_t>(plan.rows);
     Carver carver(static_cast<char*>(workspace_bytes(Slot::kTile, bytes)));
-    U* patch = carver.take<U>(side.patch_size + kPanel);
-    U* q_memory = carver.take<U>(side.q_size + kPanel);
-    U* p = carver.take<U>(max_steps * p_step);
+    U* patch = carver.take<U>(side.patch_size);
+    const Pixels<U> q(carver.take<U>(side.q_size), kLanes, side.vector_step);
+    const Pixels<U> p = bundled(carver.take<U>(p_size), max_steps, p_channels);
     int64_t* rows = carver.take<int64_t>(plan.rows);
     float* total = totals + slab * sums.size();
     const int64_t first_tile = slab * tiles / slabs;
@@ -239,15 +251,14 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
         if (!sums.symmetric) grad.prefetch(at, following.rows * following.columns, next);
       }
       next.spread(sums.taps * (strips.end - strips.begin) * std::min(bundles.end - bundles.begin, sums.strips.depth));
-      const U* q = side.fill(tile, input, in_begin, in_end, patch, q_memory);
+      side.fill(tile, input, in_begin, in_end, patch, q);
       const int64_t patch_columns = plan.width.patch(tile.columns), steps = ceil_div(tile.columns, kUnit<T>);
       for (int64_t row = 0; row < tile.rows; ++row) {
         const int64_t pixel =
             sums.symmetric ? first_pixel(plan, tile, row) : (tile.image * h.out + tile.row + row) * w.out + tile.column;
-        fill_units<T>(grad, pixel, sums.symmetric ? w.in_step : 1, tile.columns, begin, end, p + row * steps * p_step,
-                      p_step);
+        fill_units<T>(grad, pixel, sums.symmetric ? w.in_step : 1, tile.columns, begin, end, p.from(row * steps));
       }
-      if (columns != nullptr) add_columns(p, p_step, tile.rows * steps, end - begin, columns->at(slab, 0) + begin);
+      if (columns != nullptr) add_columns(p, tile.rows * steps, end - begin, columns->at(slab, 0) + begin);
       for (const AxisTap& down : h.phases[0].taps) {
         for (const AxisTap& across : w.phases[0].taps) {
           for (int64_t row = 0; row < tile.rows; ++row) rows[row] = side.row(row, steps, patch_columns, down, across);
@@ -257,8 +268,9 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
             const int64_t stop = std::min(bundles.end, wanted.end);
             for (int64_t bundle = std::max(bundles.begin, wanted.begin); bundle < stop; ++bundle) {
               next.step();
-              add(p + bundle * kWeightChannels - begin, p_step, q + strip * sums.strips.lanes - in_begin, side.q_step,
-                  rows, tile.rows, steps, index == first_tile, total + sums.at(tap, strip, bundle));
+              add(p.at(0, bundle * kWeightChannels - begin), p.pixel_step,
+                  q.at(0, strip * sums.strips.lanes - in_begin), side.q_step, side.vector_step, rows, tile.rows, steps,
+                  index == first_tile, total + sums.at(tap, strip, bundle));
             }
           }
         }

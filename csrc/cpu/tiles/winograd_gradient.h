@@ -28,10 +28,21 @@ RESFUSE_LANES void transform_gradient(Lanes first, Lanes second, Lanes (&m)[4]) 
   m[3] = zero_lanes() - second;
 }
 
-// Steps of the sum over blocks, of so many positions: winograd.h's rows in float, or two blocks to a unit.
+// Steps of the sum over blocks, of so many positions, `position_step` apart: a block in float, or two to a unit.
 template <class U>
-struct BlockSteps : BlockRows<U> {
-  BlockSteps(U* to, int64_t step, int64_t position_step, int64_t) : BlockRows<U>{to, step, position_step} {}
+class BlockSteps {
+ public:
+  BlockSteps(const Pixels<U>& to, int64_t position_step, int64_t) : to_(to), position_step_(position_step) {}
+
+  void begin(int64_t, int64_t) {}
+  RESFUSE_LANES void put(int64_t block, int64_t position, int64_t c, Lanes value) {
+    store_lanes(to_.at(block, c) + position * position_step_, value);
+  }
+  void end(int64_t, int64_t) {}
+
+ private:
+  Pixels<U> to_;
+  int64_t position_step_;
 };
 
 #ifndef RESFUSE_AVX2
@@ -39,8 +50,8 @@ struct BlockSteps : BlockRows<U> {
 template <>
 class BlockSteps<uint32_t> {
  public:
-  BlockSteps(uint32_t* to, int64_t step, int64_t position_step, int64_t positions)
-      : to_(to), step_(step), position_step_(position_step), positions_(positions) {}
+  BlockSteps(const Pixels<uint32_t>& to, int64_t position_step, int64_t positions)
+      : to_(to), position_step_(position_step), positions_(positions) {}
 
   RESFUSE_LANES void begin(int64_t block, int64_t c) {
     if (block % 2 == 1)
@@ -61,11 +72,11 @@ class BlockSteps<uint32_t> {
 
  private:
   uint32_t* at(int64_t block, int64_t position, int64_t c) const {
-    return to_ + position * position_step_ + block / 2 * step_ + c;
+    return to_.at(block / 2, c) + position * position_step_;
   }
 
-  uint32_t* to_;
-  int64_t step_, position_step_, positions_;
+  Pixels<uint32_t> to_;
+  int64_t position_step_, positions_;
   Lanes first_[kPositions] = {};  // of each position, where a unit still lacks its second block
 };
 #endif
@@ -125,24 +136,26 @@ struct GradientShares {
 template <class U, class G, class A>
 void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& input, const WeightSums& sums,
                            const GradientShares& shares, float* totals) {
-  const int64_t tiles = plan.tiles(), step = plan.block_step, most_steps = ceil_div(plan.blocks, kStepBlocks<U>);
-  const int64_t grad_step = pixel_units<float>(shares.most_bundles() * kWeightChannels);
-  const int64_t input_step = most_steps * step, position_step = most_steps * grad_step, count = shares.count();
+  const int64_t tiles = plan.tiles(), most_steps = ceil_div(plan.blocks, kStepBlocks<U>), count = shares.count();
+  const int64_t grad_channels = shares.most_bundles() * kWeightChannels;
+  // of one position; the last strip of the inputs is read as a whole panel
+  const int64_t input_step = round_up(plan.in_channels, kPanel) / kLanes * vector_units(most_steps);
+  const int64_t grad_step = bundled_size(most_steps, grad_channels);
   const int64_t work = plan.images * plan.height.out * plan.width.out * plan.out_channels * 16;
   parallel_tasks(sums.slabs * count, work, [&](int64_t task) {
     const int64_t slab = task / count;
     const Range positions = shares.positions(task % count), bundles = shares.bundles_of(task % count);
     const Range channels{bundles.begin * kWeightChannels, std::min(bundles.end * kWeightChannels, plan.out_channels)};
-    // the last strip of the inputs may be read as a whole panel
-    const int64_t patch_size = plan.whole_patch() * plan.step, inputs_size = shares.rows * 4 * input_step + kPanel;
-    const int64_t gradients_size = shares.rows * 4 * position_step;
+    const int64_t patch_size = plan.whole_patch() * plan.step, inputs_size = shares.rows * 4 * input_step;
+    const int64_t gradients_size = shares.rows * 4 * grad_step;
     Carver carver(static_cast<char*>(workspace_bytes(
         Slot::kTile,
         Carver::bytes_of<float>(patch_size) + Carver::bytes_of<U>(inputs_size) + Carver::bytes_of<U>(gradients_size))));
     float* patch = carver.take<float>(patch_size);
-    U *inputs = carver.take<U>(inputs_size), *gradients = carver.take<U>(gradients_size);
-    const BlockSteps<U> input_steps(inputs, step, input_step, shares.rows * 4);
-    const BlockSteps<U> gradient_steps(gradients, grad_step, position_step, shares.rows * 4);
+    const Pixels<U> inputs(carver.take<U>(inputs_size), kLanes, vector_units(most_steps));
+    const Pixels<U> gradients = bundled(carver.take<U>(gradients_size), most_steps, grad_channels);
+    const BlockSteps<U> input_steps(inputs, input_step, shares.rows * 4);
+    const BlockSteps<U> gradient_steps(gradients, grad_step, shares.rows * 4);
     const auto tile_of = [&](int64_t at) { return at * tiles / sums.slabs; };
     const int64_t last = tile_of(slab + 1), later = (task + 1) / count;
     for (int64_t first = tile_of(slab); first < last; first += plan.group) {
@@ -150,7 +163,7 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
       int64_t blocks = 0;
       for (int64_t index = first; index < end; ++index) {
         const Tile tile = plan.tile(index), whole = WinogradPlan::whole(tile);
-        fill_patch(plan, whole, input, 0, plan.in_channels, patch, plan.step);
+        fill_patch(plan, whole, input, 0, plan.in_channels, Pixels(patch, plan.step));
         transform_patch(patch, whole.rows, whole.columns, plan.in_channels, plan.step, blocks, input_steps, positions);
         const auto transform = grad.computed() ? transform_gradients<true, G, BlockSteps<U>>
                                                : transform_gradients<false, G, BlockSteps<U>>;
@@ -170,9 +183,9 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
         for (int64_t strip = 0; strip < sums.strips.count(); ++strip) {
           for (int64_t bundle = bundles.begin; bundle < bundles.end; ++bundle) {
             next.step();
-            accumulate<U, 2>(gradients + i * position_step + (bundle - bundles.begin) * kWeightChannels, grad_step,
-                             inputs + i * input_step + strip * kPanel, step, rows, 1, ceil_div(blocks, kStepBlocks<U>),
-                             first == tile_of(slab),
+            accumulate<U, 2>(gradients.at(0, (bundle - bundles.begin) * kWeightChannels) + i * grad_step,
+                             gradients.pixel_step, inputs.at(0, strip * kPanel) + i * input_step, inputs.pixel_step,
+                             inputs.vector_step, rows, 1, ceil_div(blocks, kStepBlocks<U>), first == tile_of(slab),
                              totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, bundle));
           }
         }
@@ -217,7 +230,7 @@ inline void positions_to_taps(const WeightSums& sums, float* totals) {
 template <class U, class W, class G, class A>
 void winograd_weight_gradient(const ConvShape& shape, const G& grad, const A& source, const WeightLayout& layout,
                               W* grad_weight) {
-  const WinogradPlan plan(shape, false, pixel_units<float>(shape.in_channels), kGradientPixels, kGradientBlocks);
+  const WinogradPlan plan(shape, false, kLanes, kGradientPixels, kGradientBlocks);
   WeightSums sums(plan, kPositions);
   // a slab's sums are written and merged for so many blocks at least
   sums.slabs = std::clamp<int64_t>(block_count(shape) / kGradientBlocks, 1, sums.slabs);
