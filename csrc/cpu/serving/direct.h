@@ -55,8 +55,9 @@ struct DirectConvolution {
 
   int64_t strips() const { return kernel.windows.strips(); }
 
-  // `pixels` output pixels of a row, from `column` on, in one strip.
-  void line(int64_t image, int64_t row, int64_t column, int64_t pixels, int64_t strip, Prefetcher& next) const {
+  // `pixels` output pixels of a row, from `column` on, in one strip, or two together.
+  void line(int64_t image, int64_t row, int64_t column, int64_t pixels, int64_t strip, int64_t together,
+            Prefetcher& next) const {
     const int64_t lanes = kernel.windows.lanes, channel = strip * lanes, window = kernel.windows.at(strip);
     const T* a = in.row(image, row * stride[0] - padding[0]) + (column * stride[1] - padding[1]) * in.pixel_step;
     const Operand<unit_t<T>> first{units(a) + window, stride[1] * in.pixel_step / kUnit<T>, kernel.runs.data(),
@@ -67,7 +68,7 @@ struct DirectConvolution {
                second_stride[1] * second.pixel_step / kUnit<T>, &kernel.behind, 1};
     const T* r = residual.data == nullptr ? nullptr : residual.row(image, row) + column * residual.pixel_step + channel;
     T* to = out.row(image, row) + column * out.pixel_step + channel;
-    finish_line<T>(first, other, pixels, weight + strip * kernel.units * lanes, lanes,
+    finish_line<T>(first, other, pixels, weight + strip * kernel.units * lanes, kernel.units * lanes, together * lanes,
                    {bias + channel, r, residual.pixel_step, to, out.pixel_step, relu}, next);
   }
 
@@ -159,10 +160,12 @@ void run_convolution(const DirectConvolution<T>& c, int64_t images) {
     if (cut == 0 && !flat)
       for (int64_t line = part.first; line < part.last; ++line)
         clear_halo(c.out, line / c.out.height, line % c.out.height, line % c.out.height + 1);
-    for (int64_t strip = first; strip < last; ++strip)
+    for (int64_t strip = first, together; strip < last; strip += together) {
+      together = c.kernel.windows.together(strip, last);
       for (int64_t line = part.first; line < part.last; ++line)
-        flat ? c.line(0, 0, part.column, part.pixels, strip, next)
-             : c.line(line / c.out.height, line % c.out.height, part.column, part.pixels, strip, next);
+        flat ? c.line(0, 0, part.column, part.pixels, strip, together, next)
+             : c.line(line / c.out.height, line % c.out.height, part.column, part.pixels, strip, together, next);
+    }
   });
 }
 

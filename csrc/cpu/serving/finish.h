@@ -46,13 +46,15 @@ template <class T, int V>
 RESFUSE_LANES void prefetch_pixel(const T* at) {
   const char* line = reinterpret_cast<const char*>(at);
   _mm_prefetch(line, _MM_HINT_T0);
-  if constexpr (V * kLanes * sizeof(T) > kLine) _mm_prefetch(line + kLine, _MM_HINT_T0);
+  for (int64_t i = 1; i < V * kLanes * static_cast<int64_t>(sizeof(T)) / kLine; ++i)
+    _mm_prefetch(line + i * kLine, _MM_HINT_T0);
 }
 
-// R pixels of two operands, one behind the other in b; the second may have no runs.
+// R pixels of two operands, one behind the other in b, whose panels lie b_panel apart; the second may have no runs.
 template <class T, int V, int R>
 __attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands)[2], const unit_t<T>* b,
-                                             const Finish<T>& to) {
+                                             int64_t b_panel, const Finish<T>& to) {
+  constexpr int kSide = kPanelVectors<V>;
   Lanes sum[R][V];
   for (int v = 0; v < V; ++v) {
     const Lanes bias = load_lanes(to.bias + v * kLanes);
@@ -66,9 +68,9 @@ __attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands
     const int64_t step = a.step;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
       const unit_t<T>* at = a.at + run->offset;
-      for (const unit_t<T>* end = at + run->units; at < end; ++at, b += V * kLanes) {
+      for (const unit_t<T>* end = at + run->units; at < end; ++at, b += kSide * kLanes) {
         decltype(load_units(b)) lanes[V];
-        for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v * kLanes);
+        for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v / kSide * b_panel + v % kSide * kLanes);
         for (int r = 0; r < R; ++r) {
           const auto value = broadcast_unit(at[r * step]);
           for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
@@ -87,31 +89,43 @@ __attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands
 }
 
 template <class T>
-using FinishPixels = void (*)(const Operand<unit_t<T>> (&)[2], const unit_t<T>*, const Finish<T>&);
+using FinishPixels = void (*)(const Operand<unit_t<T>> (&)[2], const unit_t<T>*, int64_t, const Finish<T>&);
 
 template <class T, int V, size_t... R>
 constexpr std::array<FinishPixels<T>, sizeof...(R)> finish_table(std::index_sequence<R...>) {
   return {&finish_pixels<T, V, static_cast<int>(R) + 1>...};
 }
 
-// A line of `pixels` pixels, in groups as equal as their number allows; `lanes` is a panel's or half of them. Between
-// groups some of the memory is asked for that `next` names.
+// A line of `pixels` pixels, in groups as equal as their number allows; `lanes` is half a panel's, one's or two's.
+// Between groups some of the memory is asked for that `next` names.
 template <class T>
 void finish_line(const Operand<unit_t<T>>& first, const Operand<unit_t<T>>& second, int64_t pixels, const unit_t<T>* b,
-                 int64_t lanes, Finish<T> to, Prefetcher& next) {
+                 int64_t b_panel, int64_t lanes, Finish<T> to, Prefetcher& next) {
   static constexpr std::array kTables{finish_table<T, 1>(std::make_index_sequence<kMaxPixels>{}),
                                       finish_table<T, 2>(std::make_index_sequence<kMaxPixels>{})};
-  const auto& table = kTables[lanes == kPanel];
-  Operand<unit_t<T>> operands[2] = {first, second};
-  for (int64_t groups = (pixels + kMaxPixels - 1) / kMaxPixels; groups > 0; --groups) {
-    const int64_t count = pixels / groups;
-    next.step();
-    table[static_cast<size_t>(count - 1)](operands, b, to);
-    pixels -= count;
-    for (auto& operand : operands) operand = operand.after(count);
-    to.out += count * to.out_step;
-    if (to.residual != nullptr) to.residual += count * to.residual_step;
-  }
+  static constexpr auto kWide = finish_table<T, 4>(std::make_index_sequence<kWidePixels>{});
+  const auto run = [&](const auto& table, const unit_t<T>* from, Finish<T> at) RESFUSE_INLINE_LAMBDA {
+    const auto most = static_cast<int64_t>(table.size());
+    Operand<unit_t<T>> operands[2] = {first, second};
+    int64_t left = pixels;
+    for (int64_t groups = (pixels + most - 1) / most; groups > 0; --groups) {
+      const int64_t count = left / groups;
+      next.step();
+      table[static_cast<size_t>(count - 1)](operands, from, b_panel, at);
+      left -= count;
+      for (auto& operand : operands) operand = operand.after(count);
+      at.out += count * at.out_step;
+      if (at.residual != nullptr) at.residual += count * at.residual_step;
+    }
+  };
+  if (lanes <= kPanel) return run(kTables[lanes == kPanel], b, to);
+  if constexpr (kWidePixels > 0)
+    if (pixels >= kLeastWide) return run(kWide, b, to);
+  run(kTables[1], b, to);
+  to.bias += kPanel;
+  to.out += kPanel;
+  if (to.residual != nullptr) to.residual += kPanel;
+  run(kTables[1], b + b_panel, to);
 }
 
 }  // namespace resfuse::cpu::RESFUSE_ISA

@@ -101,12 +101,11 @@ void run_convolution_pool(DirectConvolution<T> c, int64_t height, int64_t width,
     Prefetcher next;
     DirectConvolution<T> part = c;
     part.out = {memory - begin * row_step, height, width, out.channels, step, row_step, 0, 0};
-    for (int64_t strip = 0; strip < c.strips(); ++strip)
-      for (int64_t row = begin; row < end; ++row) {
-        DirectConvolution<T> one = part;
-        one.in.data += image * c.in.image_step;
-        one.line(0, row, 0, width, strip, next);
-      }
+    part.in.data += image * c.in.image_step;
+    for (int64_t strip = 0, together; strip < c.strips(); strip += together) {
+      together = c.kernel.windows.together(strip, c.strips());
+      for (int64_t row = begin; row < end; ++row) part.line(0, row, 0, width, strip, together, next);
+    }
     const Image<T> band{memory, end - begin, width, out.channels, step, row_step, 0, 0};
     for (int64_t row = first; row < last; ++row) pool_row(band, 0, begin, height, window, out, image, row);
   });

@@ -134,11 +134,14 @@ void run_winograd(const Winograd<T>& w, int64_t images) {
       pieces.prefetch(w.in, later * pieces.count / blocks, (later + 1) * pieces.count / blocks, next);
     next.spread(kPositions * own * ceil_div(count, kMaxPixels));
     for (int64_t position = 0; position < kPositions; ++position)
-      for (int64_t panel = 0; panel < own; ++panel)
-        multiply<U>(gathered + position * matrix, 0, count, taps,
-                    w.weight + (position * panels + first + panel) * w.units() * kPanel, kPanel,
-                    products + position * product + panel * count * kPanel, kPanel,
-                    [&](int64_t, int64_t) RESFUSE_INLINE_LAMBDA { next.step(); });
+      for (int64_t panel = 0, together; panel < own; panel += together) {
+        together = wide_tiles() && panel + 1 < own ? 2 : 1;
+        multiply<U>(
+            gathered + position * matrix, 0, count, taps,
+            {w.weight + (position * panels + first + panel) * w.units() * kPanel,
+             products + position * product + panel * count * kPanel, w.units() * kPanel, count * kPanel, kPanel},
+            together * kPanel, [&](int64_t, int64_t) RESFUSE_INLINE_LAMBDA { next.step(); });
+      }
     for (int64_t panel = 0; panel < own; ++panel)
       for (int64_t i = 0; i < count; ++i)
         w.scatter(pieces, begin + i, first + panel, products + (panel * count + i) * kPanel, product);

@@ -89,6 +89,31 @@ inline bool multiplies_bfloat16() {
 #endif
 }
 
+// Whether tiles ask for the memory that the next one reads. Processors of Intel fetch runs of memory ahead by
+// themselves, and stand still once a dozen lines are asked for.
+inline bool asks_ahead() {
+#if RESFUSE_HAS_TILES
+  static const bool found = __builtin_cpu_is("intel") == 0;
+  return found;
+#else
+  return false;
+#endif
+}
+
+// Whether register tiles are two panels wide: fewer loads for as many products, of which a narrow one has too many for
+// processors of Intel; those of AMD were measured with narrow ones only. Results are the same bits. RESFUSE_WIDE_TILES
+// is 0 or 1 where a test wants one of them.
+inline bool wide_tiles() {
+#if RESFUSE_HAS_TILES
+  static const char* const setting = std::getenv("RESFUSE_WIDE_TILES");
+  static const bool found =
+      has_avx512() && (setting == nullptr ? __builtin_cpu_is("intel") != 0 : !hidden("RESFUSE_WIDE_TILES"));
+  return found;
+#else
+  return false;
+#endif
+}
+
 // Whether this machine runs tile kernels on activations of `dtype`.
 inline bool tiles_support(torch::headeronly::ScalarType dtype) {
   const bool found = has_avx512() || has_avx2();

@@ -3,7 +3,8 @@
 // `multiply`:    c[R pixels][panel] = sum over taps and input channels of a[pixel][k] * b[k][panel]
 // `accumulate`:  w[R channels][panel] += sum over pixels of p[pixel][R] * q[pixel][panel]
 // A panel is two vectors: 32 channels of AVX-512, 16 of AVX2. Both also exist for half a panel: grouped convolutions
-// multiply fewer zeros then.
+// multiply fewer zeros then. And for two panels, with half the rows: every value that is broadcast meets four vectors.
+// Sums run in the same order in all of them, so results are the same bits.
 // A unit is what one step of the inner product takes: a float, or a pair of bfloat16 whose products are summed in
 // float by one instruction.
 #pragma once
@@ -51,10 +52,25 @@ struct Tap {
   int64_t pixel_step;
 };
 
+// Panels that are multiplied together, or part of one: where the weights and the products of the first lie, how far the
+// next panel's are, and how far those of the next pixel.
+template <class U>
+struct Panels {
+  const U* b;
+  float* c;
+  int64_t b_panel, c_panel, c_pixel;
+};
+
+// Vectors of a panel, of V vectors in all.
+template <int V>
+constexpr int kPanelVectors = V < 2 ? V : 2;
+
 // `origin` is the patch pixel from which taps count, `pixel` the first of R pixels.
 template <class U, int V, int R>
 __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, int64_t pixel, const Tap* taps,
-                                               int64_t tap_count, const U* b, float* c, int64_t c_step) {
+                                               int64_t tap_count, const Panels<U>& panels) {
+  constexpr int kSide = kPanelVectors<V>;
+  const U* b = panels.b;
   Lanes sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = zero_lanes();
@@ -62,7 +78,7 @@ __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, i
   const auto store_sums = [&]() RESFUSE_INLINE_LAMBDA {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < V; ++v) {
-        float* to = c + r * c_step + v * kLanes;
+        float* to = panels.c + v / kSide * panels.c_panel + (pixel + r) * panels.c_pixel + v % kSide * kLanes;
         store_lanes(to, first ? sum[r][v] : load_lanes(to) + sum[r][v]);
       }
     }
@@ -82,9 +98,9 @@ __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, i
       }
       const U* stop = at + std::min<int64_t>(end - at, left);
       left -= stop - at;
-      for (; at < stop; ++at, b += V * kLanes) {
+      for (; at < stop; ++at, b += kSide * kLanes) {
         decltype(load_units(b)) lanes[V];
-        for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v * kLanes);
+        for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v / kSide * panels.b_panel + v % kSide * kLanes);
         for (int r = 0; r < R; ++r) {
           const auto value = broadcast_unit(at[r * step]);
           for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
@@ -96,38 +112,48 @@ __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, i
 }
 
 template <class U>
-using MultiplyPixels = void (*)(const U*, int64_t, int64_t, const Tap*, int64_t, const U*, float*, int64_t);
+using MultiplyPixels = void (*)(const U*, int64_t, int64_t, const Tap*, int64_t, const Panels<U>&);
 
 template <class U, int V, size_t... R>
 constexpr std::array<MultiplyPixels<U>, sizeof...(R)> multiply_table(std::index_sequence<R...>) {
   return {&multiply_pixels<U, V, static_cast<int>(R) + 1>...};
 }
 
-// c[i] for `pixels` pixels, in groups as equal as their number allows, and `lanes` channels, a panel or half of one.
-// Before each group, `before(pixel, count)` is called: it may ask for memory that is needed soon.
+// Products of `pixels` pixels, in groups as equal as their number allows, with `lanes` channels: of half a panel, of
+// one, or of two, where wide_tiles(). Before each group, `before(pixel, count)` is called: it may ask for memory that
+// is needed soon.
 template <class U, class P>
-void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<Tap>& taps, const U* b, int64_t lanes,
-              float* c, int64_t c_step, const P& before) {
+void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<Tap>& taps, const Panels<U>& panels,
+              int64_t lanes, const P& before) {
   static constexpr std::array kTables{multiply_table<U, 1>(std::make_index_sequence<kMaxPixels>{}),
                                       multiply_table<U, 2>(std::make_index_sequence<kMaxPixels>{})};
-  const auto& table = kTables[lanes == kPanel];
-  const int64_t groups = (pixels + kMaxPixels - 1) / kMaxPixels, tap_count = static_cast<int64_t>(taps.size());
-  int64_t pixel = 0;
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t count = (pixels - pixel) / (groups - group);
-    before(pixel, count);
-    table[static_cast<size_t>(count - 1)](patch, origin, pixel, taps.data(), tap_count, b, c + pixel * c_step, c_step);
-    pixel += count;
-  }
+  static constexpr auto kWide = multiply_table<U, 4>(std::make_index_sequence<kWidePixels>{});
+  const auto run = [&](const auto& table, const Panels<U>& of) RESFUSE_INLINE_LAMBDA {
+    const auto most = static_cast<int64_t>(table.size());
+    const int64_t groups = (pixels + most - 1) / most;
+    int64_t pixel = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t count = (pixels - pixel) / (groups - group);
+      before(pixel, count);
+      table[static_cast<size_t>(count - 1)](patch, origin, pixel, taps.data(), static_cast<int64_t>(taps.size()), of);
+      pixel += count;
+    }
+  };
+  if (lanes <= kPanel) return run(kTables[lanes == kPanel], panels);
+  if constexpr (kWidePixels > 0)
+    if (pixels >= kLeastWide) return run(kWide, panels);
+  run(kTables[1], panels);
+  run(kTables[1], {panels.b + panels.b_panel, panels.c + panels.c_panel, 0, 0, panels.c_pixel});
 }
 
-// Rows of pixels: p is dense over all rows, row r of q begins at q + rows[r], and q's vectors lie q_vector apart.
-// `first`: w is written, not added to.
+// Rows of pixels: p is dense over all rows, row r of q begins at q + rows[r], and q's vectors lie q_vector apart; w's
+// panels lie w_panel apart. `first`: w is written, not added to.
 // The rows are summed from zero and then added to w: a sum of short sums rounds less than one long one.
-template <class U, int V>
+template <class U, int V, int R = kWeightChannels>
 __attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q, int64_t q_step, int64_t q_vector,
-                                          const int64_t* rows, int64_t row_count, int64_t steps, bool first, float* w) {
-  constexpr int R = kWeightChannels;
+                                          const int64_t* rows, int64_t row_count, int64_t steps, bool first, float* w,
+                                          int64_t w_panel) {
+  constexpr int kSide = kPanelVectors<V>;
   Lanes sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = zero_lanes();
@@ -145,11 +171,31 @@ __attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
-      float* to = w + (r * V + v) * kLanes;
+      float* to = w + v / kSide * w_panel + (r * kSide + v % kSide) * kLanes;
       store_lanes(to, first ? sum[r][v] : load_lanes(to) + sum[r][v]);
     }
   }
 }
+
+template <class U>
+using Accumulate = void (*)(const U*, int64_t, const U*, int64_t, int64_t, const int64_t*, int64_t, int64_t, bool,
+                            float*, int64_t);
+
+// A bundle's sums with half a panel, one, or two: `rows` of the bundle at once.
+template <class U>
+struct Accumulator {
+  int64_t rows;
+  Accumulate<U> add;
+
+  explicit Accumulator(int64_t lanes)
+      : rows(kWeightChannels), add(lanes == kPanel ? accumulate<U, 2> : accumulate<U, 1>) {
+    if constexpr (kWideChannels > 0) {
+      if (lanes <= kPanel) return;
+      rows = kWideChannels;
+      add = accumulate<U, 4, kWideChannels>;
+    }
+  }
+};
 
 }  // namespace resfuse::cpu::RESFUSE_ISA
 

@@ -1,7 +1,7 @@
 // Prefetching: while one tile is multiplied, the memory of the next one is fetched into L2.
 //
-// A tile kernel computes and reads by turns; without this the processor waits for memory while it fills a patch, and
-// memory waits while it multiplies. Lines are requested a few at a time, between register tiles.
+// A tile kernel computes and reads by turns; without this a processor waits for memory while it fills a patch, and
+// memory waits while it multiplies. Lines are requested a few at a time, between register tiles, where asks_ahead().
 #pragma once
 
 #include <array>
@@ -27,7 +27,7 @@ class Prefetcher {
   }
 
   // Spread what was added over this many calls of step.
-  void spread(int64_t calls) { per_call_ = calls > 0 ? (lines_ + calls - 1) / calls : 0; }
+  void spread(int64_t calls) { per_call_ = calls > 0 && asks_ahead() ? (lines_ + calls - 1) / calls : 0; }
 
   void clear() { count_ = at_ = lines_ = per_call_ = 0; }
 

@@ -46,6 +46,11 @@ struct Windows {
   }
 
   int64_t strips() const { return static_cast<int64_t>(begin.size()); }
+  // Panels from `panel` on, before `end`, that are multiplied together.
+  int64_t together(int64_t panel, int64_t end) const {
+    const bool pair = wide_tiles() && lanes == kPanel && panel + 1 < end && at(panel) == at(panel + 1);
+    return pair ? 2 : 1;
+  }
   int64_t at(int64_t strip) const { return begin[static_cast<size_t>(strip)]; }
 };
 
@@ -180,16 +185,16 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
                const F& fill, const A& ahead, const E& epilogue) {
   const AxisPlan &h = plan.height, &w = plan.width;
   const int64_t lanes = taps.windows.lanes;
-  const int64_t max_pixels = plan.rows * h.out_step * plan.columns * w.out_step;
+  const int64_t product_step = plan.rows * h.out_step * plan.columns * w.out_step * kPanel;  // between panels
   const int64_t work = plan.images * h.out * w.out * plan.out_channels * 16;
   parallel_tasks(slabs.slabs * slabs.blocks, work, [&](int64_t task) {
     const int64_t slab = task / slabs.blocks, block = task % slabs.blocks;
     using U = unit_t<T>;
     char* memory = static_cast<char*>(
-        workspace_bytes(Slot::kTile, Carver::bytes_of<U>(patch_units) + Carver::bytes_of<float>(max_pixels * kPanel)));
+        workspace_bytes(Slot::kTile, Carver::bytes_of<U>(patch_units) + Carver::bytes_of<float>(2 * product_step)));
     Carver carver(memory);
     U* patch = carver.take<U>(patch_units);
-    float* values = carver.take<float>(max_pixels * kPanel);
+    float* values = carver.take<float>(2 * product_step);
     for (int64_t index = slabs.first_tile(slab); index < slabs.first_tile(slab + 1); ++index) {
       const Tile tile = plan.tile(index);
       fill(tile, patch);
@@ -204,7 +209,9 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
       if (!last || later < slabs.slabs) ahead(plan.tile(last ? slabs.first_tile(later) : index + 1), next);
       next.spread((slabs.first_panel(block + 1) - slabs.first_panel(block)) * kPanel / lanes * rows *
                   ceil_div(columns, kMaxPixels));
-      for (int64_t panel = slabs.first_panel(block); panel < slabs.first_panel(block + 1); ++panel) {
+      const int64_t last_panel = slabs.first_panel(block + 1);
+      for (int64_t panel = slabs.first_panel(block), together; panel < last_panel; panel += together) {
+        together = taps.windows.together(panel, last_panel);
         for (int64_t half = 0; half < kPanel; half += lanes) {
           const int64_t strip = (panel * kPanel + half) / lanes;
           if (strip == taps.windows.strips()) break;
@@ -214,19 +221,23 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
               float* to = values + (r * columns + phase.column) * kPanel + half;
               const int64_t count = ceil_div(columns - phase.column, w.out_step), step = w.out_step * kPanel;
               if (phase.taps.empty()) {
-                for (int64_t i = 0; i < count; ++i) std::fill_n(to + i * step, lanes, 0.0f);
+                for (int64_t at = 0; at < together; ++at)
+                  for (int64_t i = 0; i < count; ++i) std::fill_n(to + at * product_step + i * step, lanes, 0.0f);
                 continue;
               }
               const int64_t row_pixel = pixel + r * w.out + phase.column;
-              multiply<U>(a, base * patch_row, count, phase.taps, b + phase.begin * lanes, lanes, to, step,
+              multiply<U>(a, base * patch_row, count, phase.taps,
+                          {b + phase.begin * lanes, to, taps.units * lanes, product_step, step}, together * lanes,
                           [&](int64_t i, int64_t n) RESFUSE_INLINE_LAMBDA {
                             next.step();
-                            if (half == 0) epilogue.prefetch(row_pixel + i * w.out_step, n, w.out_step, panel);
+                            for (int64_t at = 0; half == 0 && at < together; ++at)
+                              epilogue.prefetch(row_pixel + i * w.out_step, n, w.out_step, panel + at);
                           });
             }
           }
         }
-        epilogue(slab, pixel, rows * columns, panel, values);
+        for (int64_t at = 0; at < together; ++at)
+          epilogue(slab, pixel, rows * columns, panel + at, values + at * product_step);
       }
     }
   });

@@ -7,6 +7,8 @@
 // group.
 #pragma once
 
+#include <numeric>
+
 #include "epilogue.h"
 #include "pairs.h"
 
@@ -21,11 +23,18 @@ constexpr int64_t kWeightTasks = 16;              // slabs, at most
 constexpr int64_t kMomentSlabs = 256;  // of a symmetric product: a float sum runs over one tile, where memory allows
 constexpr int64_t kWeightSlabBytes = int64_t{4} << 20;  // the sums of all slabs together
 
-// Tasks that are worth what each of them fills again: enough for threads to finish together. What a task sums does not
-// depend on it.
-inline int64_t weight_tasks() {
+// Blocks of channels of every slab: as few as let threads have equal shares, since each block's task fills again what
+// the others do. What is summed does not depend on it.
+inline int64_t blocks_for(int64_t slabs) {
   const int64_t threads = torch::stable::get_num_threads();
-  return threads == 1 ? 1 : 2 * threads;
+  return slabs >= 2 * threads ? 1 : threads / std::gcd(slabs, threads);
+}
+
+// The greatest that is no greater: slabs that most numbers of threads share evenly.
+inline int64_t power_of_two(int64_t most) {
+  int64_t found = 1;
+  while (2 * found <= most) found *= 2;
+  return found;
 }
 
 // Channels of c side by side, `lanes` at a time, and the bundles of k (of kWeightChannels) that each strip wants. A
@@ -55,6 +64,12 @@ struct WeightStrips {
   int64_t block() const { return kWeightChannels * lanes; }
   int64_t sums() const { return count() * depth * block(); }
   Range wants(int64_t strip) const { return wanted[static_cast<size_t>(strip)]; }
+  // Strips from `strip` on, before `end`, that are summed together.
+  int64_t together(int64_t strip, int64_t end) const {
+    if (!wide_tiles() || lanes < kPanel || strip + 1 == end) return 1;
+    const Range one = wants(strip), next = wants(strip + 1);
+    return one.begin == next.begin && one.end == next.end ? 2 : 1;
+  }
 };
 
 // The share of one task: bundles of k, and the strips of c that want any of them.
@@ -80,8 +95,9 @@ struct WeightSums {
     const int64_t bytes = size() * static_cast<int64_t>(sizeof(float));
     const int64_t most = symmetric ? kMomentSlabs : kWeightTasks;
     slabs = std::clamp<int64_t>(kWeightSlabBytes / bytes, 1, std::min<int64_t>(plan.tiles(), most));
+    if (!symmetric) slabs = power_of_two(slabs);
     const bool by_strips = taps == 1 && plan.in_channels > plan.out_channels && plan.groups == 1 && !once;
-    share_out(ceil_div(weight_tasks(), slabs), by_strips);
+    share_out(blocks_for(slabs), by_strips);
   }
   int64_t size() const { return taps * strips.sums(); }
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
@@ -221,7 +237,6 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
   const int64_t p_channels = sums.max_bundles * kWeightChannels, p_size = bundled_size(max_steps, p_channels);
   const int64_t work = plan.images * plan.height.out * plan.width.out * out_channels * 16;
 
-  const auto add = sums.strips.lanes == kPanel ? accumulate<U, 2> : accumulate<U, 1>;
   parallel_tasks(slabs * blocks, work, [&](int64_t task) {
     const auto [bundles, strips] = sums.blocks[static_cast<size_t>(task % blocks)];
     const int64_t slab = task / blocks;
@@ -263,14 +278,19 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
         for (const AxisTap& across : w.phases[0].taps) {
           for (int64_t row = 0; row < tile.rows; ++row) rows[row] = side.row(row, steps, patch_columns, down, across);
           const int64_t tap = down.kernel * kernel_width + across.kernel;
-          for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
+          for (int64_t strip = strips.begin, together; strip < strips.end; strip += together) {
+            together = sums.strips.together(strip, strips.end);
+            const Accumulator<U> some(together * sums.strips.lanes);
             const Range wanted = sums.strips.wants(strip);
             const int64_t stop = std::min(bundles.end, wanted.end);
             for (int64_t bundle = std::max(bundles.begin, wanted.begin); bundle < stop; ++bundle) {
-              next.step();
-              add(p.at(0, bundle * kWeightChannels - begin), p.pixel_step,
-                  q.at(0, strip * sums.strips.lanes - in_begin), side.q_step, side.vector_step, rows, tile.rows, steps,
-                  index == first_tile, total + sums.at(tap, strip, bundle));
+              for (int64_t r = 0; r < kWeightChannels; r += some.rows) {
+                next.step();
+                some.add(p.at(0, bundle * kWeightChannels - begin + r), p.pixel_step,
+                         q.at(0, strip * sums.strips.lanes - in_begin), side.q_step, side.vector_step, rows, tile.rows,
+                         steps, index == first_tile, total + sums.at(tap, strip, bundle) + r * sums.strips.lanes,
+                         sums.strips.depth * sums.strips.block());
+              }
             }
           }
         }

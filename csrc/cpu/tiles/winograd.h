@@ -279,11 +279,14 @@ void run_winograd(const WinogradPlan& plan, const unit_t<T>* packed, const TileS
       for (int64_t panel = first_panel; panel < last_panel; panel += plan.together) {
         const int64_t panels = std::min(plan.together, last_panel - panel);
         for (int64_t position = 0; position < kPositions; ++position) {
-          for (int64_t i = 0; i < panels; ++i)
+          for (int64_t i = 0, count; i < panels; i += count) {
+            count = wide_tiles() && i + 1 < panels ? 2 : 1;
             multiply<U>(inputs + position * input_step, 0, blocks, taps,
-                        packed + ((panel + i) * kPositions + position) * size, kPanel,
-                        products + (i * kPositions + position) * product_step, kPanel,
-                        [&](int64_t, int64_t) RESFUSE_INLINE_LAMBDA { next.step(); });
+                        {packed + ((panel + i) * kPositions + position) * size,
+                         products + (i * kPositions + position) * product_step, kPositions * size,
+                         kPositions * product_step, kPanel},
+                        count * kPanel, [&](int64_t, int64_t) RESFUSE_INLINE_LAMBDA { next.step(); });
+          }
         }
         for (int64_t i = 0; i < panels; ++i) {
           int64_t block = 0;

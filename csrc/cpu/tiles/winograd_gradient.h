@@ -116,6 +116,13 @@ void transform_gradients(const Plan& plan, const Tile& tile, const G& grad, Rang
   }
 }
 
+// Tasks that are worth what each of them transforms again: enough for threads to finish together. What a task sums does
+// not depend on it.
+inline int64_t weight_tasks() {
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads == 1 ? 1 : 2 * threads;
+}
+
 // How the sums of a slab are shared out: rows of positions, and bundles of output channels.
 struct GradientShares {
   int64_t rows, parts, bundles;
@@ -180,13 +187,18 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
       next.spread(shares.rows * 4 * sums.strips.count() * (bundles.end - bundles.begin));
       const int64_t rows[1] = {0};
       for (int64_t i = 0; i < shares.rows * 4; ++i) {
-        for (int64_t strip = 0; strip < sums.strips.count(); ++strip) {
+        for (int64_t strip = 0, together; strip < sums.strips.count(); strip += together) {
+          together = sums.strips.together(strip, sums.strips.count());
+          const Accumulator<U> some(together * kPanel);
           for (int64_t bundle = bundles.begin; bundle < bundles.end; ++bundle) {
-            next.step();
-            accumulate<U, 2>(gradients.at(0, (bundle - bundles.begin) * kWeightChannels) + i * grad_step,
-                             gradients.pixel_step, inputs.at(0, strip * kPanel) + i * input_step, inputs.pixel_step,
-                             inputs.vector_step, rows, 1, ceil_div(blocks, kStepBlocks<U>), first == tile_of(slab),
-                             totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, bundle));
+            for (int64_t r = 0; r < kWeightChannels; r += some.rows) {
+              next.step();
+              some.add(gradients.at(0, (bundle - bundles.begin) * kWeightChannels + r) + i * grad_step,
+                       gradients.pixel_step, inputs.at(0, strip * kPanel) + i * input_step, inputs.pixel_step,
+                       inputs.vector_step, rows, 1, ceil_div(blocks, kStepBlocks<U>), first == tile_of(slab),
+                       totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, bundle) + r * kPanel,
+                       sums.strips.depth * sums.strips.block());
+            }
           }
         }
       }
