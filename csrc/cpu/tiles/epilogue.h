@@ -7,7 +7,7 @@
 // A float sum runs over at most 32 pixels, then goes to double.
 #pragma once
 
-#include "../tile_moments.h"
+#include "../channel_moments.h"
 #include "product.h"
 
 #if RESFUSE_HAS_TILES
