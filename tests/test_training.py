@@ -1,5 +1,6 @@
 """A whole training run on real digits: the fused network ends where stock does, and twice at the same bits."""
 
+import functools
 import statistics
 
 import pytest
@@ -47,21 +48,29 @@ def train(cropped, seed, *, fused, autocast=None, steps=None):
 def test_200_fused_steps_end_within_the_spread_of_five_stock_seeds(cropped):
     """Each fused run is held against stock's from its seed: half the spread is how far a seed leads from the middle.
 
-    The median of three: a single pair differs by more now and then, as two stock runs would after 200 steps of other
-    roundings.
+    Three pairs are looked at first, by their median: a single pair differs by more now and then, as two stock runs
+    would after 200 steps of other roundings. Accuracies of a pair differ by 0.006 (the deviation of twelve pairs, whose
+    mean is within two of its errors of zero), and half the spread is 0.0044, so three pairs may miss that by chance;
+    then the mean of eight decides, against the same bound.
     """
     assert digits.ticks(RUN) == 200
-    ends = [digits.held_out(train(cropped, seed, fused=False)[0], cropped) for seed in SEEDS]
-    half = [(max(values) - min(values)) / 2 for values in zip(*ends, strict=True)]
-    middle = sorted(SEEDS, key=lambda seed: ends[seed][0])[1:-1]
+
+    @functools.cache
+    def end(seed, fused=False, autocast=None):
+        return digits.held_out(train(cropped, seed, fused=fused, autocast=autocast)[0], cropped)
+
+    half = [(max(values) - min(values)) / 2 for values in zip(*map(end, SEEDS), strict=True)]
+    middle = sorted(SEEDS, key=lambda seed: end(seed)[0])[1:-1]
     for name, autocast in DTYPES.items():
         if autocast is not None and backends.missing("bn_act", "native", "cpu", autocast) is not None:
             continue
-        found = [digits.held_out(train(cropped, s, fused=True, autocast=autocast)[0], cropped) for s in middle]
-        pairs = [zip(ours, ends[seed], strict=True) for ours, seed in zip(found, middle, strict=True)]
-        loss, accuracy = map(statistics.median, zip(*([a - b for a, b in pair] for pair in pairs), strict=True))
-        assert abs(loss) <= half[0], f"{name} from seeds {middle}: {found}, stock {ends}"
-        assert accuracy >= -half[1], f"{name} from seeds {middle}: {found}, stock {ends}"
+        for seeds, average in ((middle, statistics.median), (range(8), statistics.mean)):
+            pairs = [zip(end(seed, True, autocast), end(seed), strict=True) for seed in seeds]
+            loss, accuracy = map(average, zip(*([a - b for a, b in pair] for pair in pairs), strict=True))
+            ends = abs(loss) <= half[0] and accuracy >= -half[1]
+            if ends:
+                break
+        assert ends, f"{name}: loss {loss:+.4f} from stock's, accuracy {accuracy:+.4f}, where {half} are allowed"
 
 
 @needs_native
