@@ -56,47 +56,55 @@ RESFUSE_CLONES void deviation_lanes(const T* x, int64_t rows, int64_t width, int
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-// bfloat16 on AVX-512, the same sums with fewer instructions: of 32 neighbouring values the even ones are shifted and
-// the odd ones masked, where widening them in order takes two instructions each. So their lanes are split for as long
-// as rows are summed. Lines are requested one by one beside the sums: a core waits once about a dozen are on their way.
-constexpr int64_t kSplit = 2 * kLanes;
+// The same sums on AVX-512, where lines are requested one by one beside them: a core waits once about a dozen are on
+// their way, and a row has many more.
+constexpr int64_t kPair = 2 * kLanes;
 
-struct SplitLanes {
-  Lanes even, odd;
+struct LanePair {
+  Lanes first, second;
 };
-RESFUSE_LANES SplitLanes split(const BFloat16* from) {
-  const __m512i pairs = _mm512_loadu_si512(from);
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
-          _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))))};
+RESFUSE_LANES LanePair load_pair(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes)}; }
+RESFUSE_LANES LanePair load_pair(const Half* from) {
+  const auto load = [=](int64_t i) RESFUSE_INLINE_LAMBDA {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+  };
+  return {load(0), load(kLanes)};
+}
+// Of bfloat16 the even values and the odd ones, one shifted and one masked: to widen them in order takes twice as many
+// instructions.
+RESFUSE_LANES LanePair load_pair(const BFloat16* from) {
+  const UnitLanes pairs = _mm512_loadu_si512(from);
+  return {first_of_pairs(pairs), second_of_pairs(pairs)};
 }
 
-// Even lanes before odd ones in every block of kSplit, or back in order.
+// So lanes beside bfloat16 are split as its values are, even before odd in every pair of vectors, or put back in order.
 template <bool kBack>
-RESFUSE_LANES void split_blocks(float* lanes, int64_t width) {
+RESFUSE_LANES void split_lanes(float* lanes, int64_t width) {
   alignas(64) int32_t low[kLanes], high[kLanes];
   for (int32_t i = 0; i < kLanes; ++i) {
     low[i] = kBack ? i / 2 + i % 2 * int32_t(kLanes) : 2 * i;
     high[i] = kBack ? low[i] + int32_t(kLanes) / 2 : 2 * i + 1;
   }
   const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
-  for (int64_t j = 0; j < width; j += kSplit) {
-    const Lanes a = _mm512_loadu_ps(lanes + j), b = _mm512_loadu_ps(lanes + j + kLanes);
-    _mm512_storeu_ps(lanes + j, _mm512_permutex2var_ps(a, first, b));
-    _mm512_storeu_ps(lanes + j + kLanes, _mm512_permutex2var_ps(a, second, b));
+  for (int64_t j = 0; j < width; j += kPair) {
+    const LanePair pair = load_pair(lanes + j);
+    _mm512_storeu_ps(lanes + j, _mm512_permutex2var_ps(pair.first, first, pair.second));
+    _mm512_storeu_ps(lanes + j + kLanes, _mm512_permutex2var_ps(pair.first, second, pair.second));
   }
 }
 
-template <int kRows>
-RESFUSE_LANES void add_split_rows(const BFloat16* x, int64_t width, int64_t whole, const float* center, float* first,
-                                  float* second) {
-  for (int64_t j = 0; j < whole; j += kSplit) {
-    const Lanes even = _mm512_loadu_ps(center + j), odd = _mm512_loadu_ps(center + j + kLanes);
+template <int kRows, class T>
+RESFUSE_LANES void add_rows(const T* x, int64_t width, int64_t whole, const float* center, float* first,
+                            float* second) {
+  for (int64_t j = 0; j < whole; j += kPair) {
+    const LanePair middle = load_pair(center + j);
     Lanes sums[2][2];
     for (int k = 0; k < kRows; ++k) {
-      const BFloat16* at = x + k * width + j;
-      _mm_prefetch(reinterpret_cast<const char*>(at) + kAheadBytes, _MM_HINT_T0);
-      const SplitLanes value = split(at);
-      const Lanes d[2] = {value.even - even, value.odd - odd};
+      const T* at = x + k * width + j;
+      for (int64_t line = 0; line < kPair * static_cast<int64_t>(sizeof(T)); line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(at) + kAheadBytes + line, _MM_HINT_T0);
+      const LanePair value = load_pair(at);
+      const Lanes d[2] = {value.first - middle.first, value.second - middle.second};
       for (int i = 0; i < 2; ++i) {
         sums[0][i] = k == 0 ? d[i] : sums[0][i] + d[i];
         sums[1][i] = k == 0 ? d[i] * d[i] : sums[1][i] + d[i] * d[i];
@@ -110,16 +118,19 @@ RESFUSE_LANES void add_split_rows(const BFloat16* x, int64_t width, int64_t whol
   }
 }
 
-// deviation_lanes for whole blocks of kSplit lanes; returns how many lanes those are.
-inline __attribute__((noinline)) int64_t deviation_blocks(const BFloat16* x, int64_t rows, int64_t width, float* center,
-                                                          float* first, float* second) {
-  const int64_t whole = width / kSplit * kSplit;
+// deviation_lanes for whole pairs of vectors; returns how many lanes those are.
+template <class T>
+__attribute__((noinline)) int64_t deviation_pairs(const T* x, int64_t rows, int64_t width, float* center, float* first,
+                                                  float* second) {
+  const int64_t whole = width / kPair * kPair;
   float* const vectors[3] = {center, first, second};
-  for (float* lanes : vectors) split_blocks<false>(lanes, whole);
+  if constexpr (std::is_same_v<T, BFloat16>)
+    for (float* lanes : vectors) split_lanes<false>(lanes, whole);
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) add_split_rows<4>(x + row * width, width, whole, center, first, second);
-  for (; row < rows; ++row) add_split_rows<1>(x + row * width, width, whole, center, first, second);
-  for (float* lanes : vectors) split_blocks<true>(lanes, whole);
+  for (; row + 4 <= rows; row += 4) add_rows<4>(x + row * width, width, whole, center, first, second);
+  for (; row < rows; ++row) add_rows<1>(x + row * width, width, whole, center, first, second);
+  if constexpr (std::is_same_v<T, BFloat16>)
+    for (float* lanes : vectors) split_lanes<true>(lanes, whole);
   return whole;
 }
 
@@ -131,8 +142,8 @@ template <class T>
 void add_deviations(const T* x, int64_t rows, int64_t width, acc_t<T>* center, acc_t<T>* first, acc_t<T>* second) {
   int64_t done = 0;
 #if RESFUSE_HAS_TILES
-  if constexpr (std::is_same_v<T, BFloat16>)
-    if (has_avx512()) done = deviation_blocks(x, rows, width, center, first, second);
+  if constexpr (!std::is_same_v<T, double>)
+    if (has_avx512()) done = deviation_pairs(x, rows, width, center, first, second);
 #endif
   if (done < width) deviation_lanes<T>(x, rows, width, done, center, first, second);
 }
