@@ -23,11 +23,17 @@ constexpr int64_t kWeightTasks = 16;              // slabs, at most
 constexpr int64_t kMomentSlabs = 256;  // of a symmetric product: a float sum runs over one tile, where memory allows
 constexpr int64_t kWeightSlabBytes = int64_t{4} << 20;  // the sums of all slabs together
 
-// Blocks of channels of every slab: as few as let threads have equal shares, since each block's task fills again what
-// the others do. What is summed does not depend on it.
+// Tasks that are worth what each of them fills again: enough for threads to finish together. What a task sums does not
+// depend on it.
+inline int64_t weight_tasks() {
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads == 1 ? 1 : 2 * threads;
+}
+
+// Blocks of channels of every slab: as few as give threads equal shares, and no more than are worth it.
 inline int64_t blocks_for(int64_t slabs) {
   const int64_t threads = torch::stable::get_num_threads();
-  return slabs >= 2 * threads ? 1 : threads / std::gcd(slabs, threads);
+  return std::min(threads / std::gcd(slabs, threads), ceil_div(weight_tasks(), slabs));
 }
 
 // The greatest that is no greater: slabs that most numbers of threads share evenly.

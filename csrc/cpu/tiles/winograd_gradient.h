@@ -116,13 +116,6 @@ void transform_gradients(const Plan& plan, const Tile& tile, const G& grad, Rang
   }
 }
 
-// Tasks that are worth what each of them transforms again: enough for threads to finish together. What a task sums does
-// not depend on it.
-inline int64_t weight_tasks() {
-  const int64_t threads = torch::stable::get_num_threads();
-  return threads == 1 ? 1 : 2 * threads;
-}
-
 // How the sums of a slab are shared out: rows of positions, and bundles of output channels.
 struct GradientShares {
   int64_t rows, parts, bundles;
