@@ -104,28 +104,22 @@ void finish_line(const Operand<unit_t<T>>& first, const Operand<unit_t<T>>& seco
   static constexpr std::array kTables{finish_table<T, 1>(std::make_index_sequence<kMaxPixels>{}),
                                       finish_table<T, 2>(std::make_index_sequence<kMaxPixels>{})};
   static constexpr auto kWide = finish_table<T, 4>(std::make_index_sequence<kWidePixels>{});
-  const auto run = [&](const auto& table, const unit_t<T>* from, Finish<T> at) RESFUSE_INLINE_LAMBDA {
+  const auto run = [&](const auto& table) RESFUSE_INLINE_LAMBDA {
     const auto most = static_cast<int64_t>(table.size());
     Operand<unit_t<T>> operands[2] = {first, second};
-    int64_t left = pixels;
     for (int64_t groups = (pixels + most - 1) / most; groups > 0; --groups) {
-      const int64_t count = left / groups;
+      const int64_t count = pixels / groups;
       next.step();
-      table[static_cast<size_t>(count - 1)](operands, from, b_panel, at);
-      left -= count;
+      table[static_cast<size_t>(count - 1)](operands, b, b_panel, to);
+      pixels -= count;
       for (auto& operand : operands) operand = operand.after(count);
-      at.out += count * at.out_step;
-      if (at.residual != nullptr) at.residual += count * at.residual_step;
+      to.out += count * to.out_step;
+      if (to.residual != nullptr) to.residual += count * to.residual_step;
     }
   };
-  if (lanes <= kPanel) return run(kTables[lanes == kPanel], b, to);
   if constexpr (kWidePixels > 0)
-    if (pixels >= kLeastWide) return run(kWide, b, to);
-  run(kTables[1], b, to);
-  to.bias += kPanel;
-  to.out += kPanel;
-  if (to.residual != nullptr) to.residual += kPanel;
-  run(kTables[1], b + b_panel, to);
+    if (lanes > kPanel) return run(kWide);
+  run(kTables[lanes == kPanel]);
 }
 
 }  // namespace resfuse::cpu::RESFUSE_ISA

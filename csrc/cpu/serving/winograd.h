@@ -135,7 +135,7 @@ void run_winograd(const Winograd<T>& w, int64_t images) {
     next.spread(kPositions * own * ceil_div(count, kMaxPixels));
     for (int64_t position = 0; position < kPositions; ++position)
       for (int64_t panel = 0, together; panel < own; panel += together) {
-        together = wide_tiles() && panel + 1 < own ? 2 : 1;
+        together = panels_together(own - panel);
         multiply<U>(
             gathered + position * matrix, 0, count, taps,
             {w.weight + (position * panels + first + panel) * w.units() * kPanel,

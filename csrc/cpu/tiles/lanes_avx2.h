@@ -7,8 +7,8 @@ namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kLanes = 8;
 constexpr int kMaxPixels = 6;  // pixels of a register tile: 6 * 2 accumulators, 2 of b, 1 of a: 15 of 16 registers
-constexpr int64_t kWeightChannels = 6;                             // rows of a weight gradient's register tile
-constexpr int kWidePixels = 0, kLeastWide = 0, kWideChannels = 0;  // no register tile is two panels wide
+constexpr int64_t kWeightChannels = 6;             // rows of a weight gradient's register tile
+constexpr int kWidePixels = 0, kWideChannels = 0;  // none is two panels wide
 
 using Lanes = __m256;
 using LaneMask = uint8_t;

@@ -7,9 +7,8 @@ namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kLanes = 16;
 constexpr int kMaxPixels = 14;  // pixels of a register tile: 14 * 2 accumulators, 2 of b, 1 of a: 31 of 32 registers
-constexpr int64_t kWeightChannels = 8;  // rows of a weight gradient's register tile
-// Two panels wide: so many pixels at most, and at least, where fewer are no gain; and rows of a weight gradient.
-constexpr int kWidePixels = 7, kLeastWide = 4, kWideChannels = 4;
+constexpr int64_t kWeightChannels = 8;             // rows of a weight gradient's register tile
+constexpr int kWidePixels = 7, kWideChannels = 4;  // the same, two panels wide
 
 using Lanes = __m512;
 using LaneMask = __mmask16;

@@ -52,6 +52,9 @@ struct Tap {
   int64_t pixel_step;
 };
 
+// How many panels are multiplied together where there are `left` of them.
+inline int64_t panels_together(int64_t left) { return wide_tiles() && left > 1 ? 2 : 1; }
+
 // Panels that are multiplied together, or part of one: where the weights and the products of the first lie, how far the
 // next panel's are, and how far those of the next pixel.
 template <class U>
@@ -128,32 +131,41 @@ void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<
   static constexpr std::array kTables{multiply_table<U, 1>(std::make_index_sequence<kMaxPixels>{}),
                                       multiply_table<U, 2>(std::make_index_sequence<kMaxPixels>{})};
   static constexpr auto kWide = multiply_table<U, 4>(std::make_index_sequence<kWidePixels>{});
-  const auto run = [&](const auto& table, const Panels<U>& of) RESFUSE_INLINE_LAMBDA {
-    const auto most = static_cast<int64_t>(table.size());
+  const auto run = [&](const auto& table) RESFUSE_INLINE_LAMBDA {
+    const auto most = static_cast<int64_t>(table.size()), tap_count = static_cast<int64_t>(taps.size());
     const int64_t groups = (pixels + most - 1) / most;
     int64_t pixel = 0;
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t count = (pixels - pixel) / (groups - group);
       before(pixel, count);
-      table[static_cast<size_t>(count - 1)](patch, origin, pixel, taps.data(), static_cast<int64_t>(taps.size()), of);
+      table[static_cast<size_t>(count - 1)](patch, origin, pixel, taps.data(), tap_count, panels);
       pixel += count;
     }
   };
-  if (lanes <= kPanel) return run(kTables[lanes == kPanel], panels);
   if constexpr (kWidePixels > 0)
-    if (pixels >= kLeastWide) return run(kWide, panels);
-  run(kTables[1], panels);
-  run(kTables[1], {panels.b + panels.b_panel, panels.c + panels.c_panel, 0, 0, panels.c_pixel});
+    if (lanes > kPanel) return run(kWide);
+  run(kTables[lanes == kPanel]);
 }
 
-// Rows of pixels: p is dense over all rows, row r of q begins at q + rows[r], and q's vectors lie q_vector apart; w's
-// panels lie w_panel apart. `first`: w is written, not added to.
+// Rows of `steps` pixels each: p is dense over all rows, row r of q begins at q + rows[r], and q's vectors of channels
+// lie q_vector apart.
+template <class U>
+struct PixelRows {
+  const U* p;
+  int64_t p_step;
+  const U* q;
+  int64_t q_step, q_vector;
+  const int64_t* rows;
+  int64_t row_count, steps;
+};
+
+// w's panels lie w_panel apart. `first`: w is written, not added to.
 // The rows are summed from zero and then added to w: a sum of short sums rounds less than one long one.
 template <class U, int V, int R = kWeightChannels>
-__attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q, int64_t q_step, int64_t q_vector,
-                                          const int64_t* rows, int64_t row_count, int64_t steps, bool first, float* w,
-                                          int64_t w_panel) {
+__attribute__((noinline)) void accumulate(const PixelRows<U>& from, bool first, float* w, int64_t w_panel) {
   constexpr int kSide = kPanelVectors<V>;
+  const auto [begin, p_step, q, q_step, q_vector, rows, row_count, steps] = from;
+  const U* p = begin;
   Lanes sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = zero_lanes();
@@ -178,8 +190,7 @@ __attribute__((noinline)) void accumulate(const U* p, int64_t p_step, const U* q
 }
 
 template <class U>
-using Accumulate = void (*)(const U*, int64_t, const U*, int64_t, int64_t, const int64_t*, int64_t, int64_t, bool,
-                            float*, int64_t);
+using Accumulate = void (*)(const PixelRows<U>&, bool, float*, int64_t);
 
 // A bundle's sums with half a panel, one, or two: `rows` of the bundle at once.
 template <class U>

@@ -48,8 +48,7 @@ struct Windows {
   int64_t strips() const { return static_cast<int64_t>(begin.size()); }
   // Panels from `panel` on, before `end`, that are multiplied together.
   int64_t together(int64_t panel, int64_t end) const {
-    const bool pair = wide_tiles() && lanes == kPanel && panel + 1 < end && at(panel) == at(panel + 1);
-    return pair ? 2 : 1;
+    return lanes == kPanel && panel + 1 < end && at(panel) == at(panel + 1) ? panels_together(end - panel) : 1;
   }
   int64_t at(int64_t strip) const { return begin[static_cast<size_t>(strip)]; }
 };

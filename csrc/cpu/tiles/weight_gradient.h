@@ -72,9 +72,9 @@ struct WeightStrips {
   Range wants(int64_t strip) const { return wanted[static_cast<size_t>(strip)]; }
   // Strips from `strip` on, before `end`, that are summed together.
   int64_t together(int64_t strip, int64_t end) const {
-    if (!wide_tiles() || lanes < kPanel || strip + 1 == end) return 1;
+    if (lanes < kPanel || strip + 1 == end) return 1;
     const Range one = wants(strip), next = wants(strip + 1);
-    return one.begin == next.begin && one.end == next.end ? 2 : 1;
+    return one.begin == next.begin && one.end == next.end ? panels_together(end - strip) : 1;
   }
 };
 
@@ -292,9 +292,15 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
             for (int64_t bundle = std::max(bundles.begin, wanted.begin); bundle < stop; ++bundle) {
               for (int64_t r = 0; r < kWeightChannels; r += some.rows) {
                 next.step();
-                some.add(p.at(0, bundle * kWeightChannels - begin + r), p.pixel_step,
-                         q.at(0, strip * sums.strips.lanes - in_begin), side.q_step, side.vector_step, rows, tile.rows,
-                         steps, index == first_tile, total + sums.at(tap, strip, bundle) + r * sums.strips.lanes,
+                const PixelRows<U> pixels{p.at(0, bundle * kWeightChannels - begin + r),
+                                          p.pixel_step,
+                                          q.at(0, strip * sums.strips.lanes - in_begin),
+                                          side.q_step,
+                                          side.vector_step,
+                                          rows,
+                                          tile.rows,
+                                          steps};
+                some.add(pixels, index == first_tile, total + sums.at(tap, strip, bundle) + r * sums.strips.lanes,
                          sums.strips.depth * sums.strips.block());
               }
             }

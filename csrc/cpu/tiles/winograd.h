@@ -280,7 +280,7 @@ void run_winograd(const WinogradPlan& plan, const unit_t<T>* packed, const TileS
         const int64_t panels = std::min(plan.together, last_panel - panel);
         for (int64_t position = 0; position < kPositions; ++position) {
           for (int64_t i = 0, count; i < panels; i += count) {
-            count = wide_tiles() && i + 1 < panels ? 2 : 1;
+            count = panels_together(panels - i);
             multiply<U>(inputs + position * input_step, 0, blocks, taps,
                         {packed + ((panel + i) * kPositions + position) * size,
                          products + (i * kPositions + position) * product_step, kPositions * size,

@@ -186,9 +186,15 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
           for (int64_t bundle = bundles.begin; bundle < bundles.end; ++bundle) {
             for (int64_t r = 0; r < kWeightChannels; r += some.rows) {
               next.step();
-              some.add(gradients.at(0, (bundle - bundles.begin) * kWeightChannels + r) + i * grad_step,
-                       gradients.pixel_step, inputs.at(0, strip * kPanel) + i * input_step, inputs.pixel_step,
-                       inputs.vector_step, rows, 1, ceil_div(blocks, kStepBlocks<U>), first == tile_of(slab),
+              const PixelRows<U> steps{gradients.at(0, (bundle - bundles.begin) * kWeightChannels + r) + i * grad_step,
+                                       gradients.pixel_step,
+                                       inputs.at(0, strip * kPanel) + i * input_step,
+                                       inputs.pixel_step,
+                                       inputs.vector_step,
+                                       rows,
+                                       1,
+                                       ceil_div(blocks, kStepBlocks<U>)};
+              some.add(steps, first == tile_of(slab),
                        totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, bundle) + r * kPanel,
                        sums.strips.depth * sums.strips.block());
             }
