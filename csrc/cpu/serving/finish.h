@@ -27,6 +27,11 @@ struct Operand {
   const Run* runs;
   int64_t count;
 
+  int64_t units() const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += runs[i].units;
+    return sum;
+  }
   Operand after(int64_t pixels) const { return {at + pixels * step, step, runs, count}; }
 };
 
@@ -53,13 +58,10 @@ RESFUSE_LANES void prefetch_pixel(const T* at) {
 // R pixels of two operands, one behind the other in b, whose panels lie b_panel apart; the second may have no runs.
 template <class T, int V, int R>
 __attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands)[2], const unit_t<T>* b,
-                                             int64_t b_panel, const Finish<T>& to) {
+                                             int64_t b_panel, const Finish<T>& to, Ahead ahead) {
   constexpr int kSide = kPanelVectors<V>;
   Lanes sum[R][V];
-  for (int v = 0; v < V; ++v) {
-    const Lanes bias = load_lanes(to.bias + v * kLanes);
-    for (int r = 0; r < R; ++r) sum[r][v] = bias;
-  }
+  for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = load_lanes(to.bias + v * kLanes); });
   for (int r = 0; r < R; ++r) {
     prefetch_pixel<T, V>(to.out + r * to.out_step);
     if (to.residual != nullptr) prefetch_pixel<T, V>(to.residual + r * to.residual_step);
@@ -69,27 +71,22 @@ __attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
       const unit_t<T>* at = a.at + run->offset;
       for (const unit_t<T>* end = at + run->units; at < end; ++at, b += kSide * kLanes) {
-        decltype(load_units(b)) lanes[V];
-        for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v / kSide * b_panel + v % kSide * kLanes);
-        for (int r = 0; r < R; ++r) {
-          const auto value = broadcast_unit(at[r * step]);
-          for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
-        }
+        ask(ahead);
+        multiply_step<unit_t<T>, V, R>(at, step, b, b_panel, sum);
       }
     }
   }
   if (to.residual != nullptr)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) sum[r][v] += load_lanes(to.residual + r * to.residual_step + v * kLanes);
-  if (to.relu)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) sum[r][v] = relu_lanes(sum[r][v]);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store_lanes(to.out + r * to.out_step + v * kLanes, sum[r][v]);
+    for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA {
+      sum[r][v] += load_lanes(to.residual + r * to.residual_step + v * kLanes);
+    });
+  if (to.relu) for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = relu_lanes(sum[r][v]); });
+  for_sums<R, V>([&](auto r, auto v)
+                     RESFUSE_INLINE_LAMBDA { store_lanes(to.out + r * to.out_step + v * kLanes, sum[r][v]); });
 }
 
 template <class T>
-using FinishPixels = void (*)(const Operand<unit_t<T>> (&)[2], const unit_t<T>*, int64_t, const Finish<T>&);
+using FinishPixels = void (*)(const Operand<unit_t<T>> (&)[2], const unit_t<T>*, int64_t, const Finish<T>&, Ahead);
 
 template <class T, int V, size_t... R>
 constexpr std::array<FinishPixels<T>, sizeof...(R)> finish_table(std::index_sequence<R...>) {
@@ -97,7 +94,7 @@ constexpr std::array<FinishPixels<T>, sizeof...(R)> finish_table(std::index_sequ
 }
 
 // A line of `pixels` pixels, in groups as equal as their number allows; `lanes` is half a panel's, one's or two's.
-// Between groups some of the memory is asked for that `next` names.
+// Meanwhile a share of the memory is asked for that `next` names.
 template <class T>
 void finish_line(const Operand<unit_t<T>>& first, const Operand<unit_t<T>>& second, int64_t pixels, const unit_t<T>* b,
                  int64_t b_panel, int64_t lanes, Finish<T> to, Prefetcher& next) {
@@ -105,12 +102,10 @@ void finish_line(const Operand<unit_t<T>>& first, const Operand<unit_t<T>>& seco
                                       finish_table<T, 2>(std::make_index_sequence<kMaxPixels>{})};
   static constexpr auto kWide = finish_table<T, 4>(std::make_index_sequence<kWidePixels>{});
   const auto run = [&](const auto& table) RESFUSE_INLINE_LAMBDA {
-    const auto most = static_cast<int64_t>(table.size());
     Operand<unit_t<T>> operands[2] = {first, second};
-    for (int64_t groups = (pixels + most - 1) / most; groups > 0; --groups) {
+    for (int64_t groups = groups_of(pixels, static_cast<int64_t>(table.size())); groups > 0; --groups) {
       const int64_t count = pixels / groups;
-      next.step();
-      table[static_cast<size_t>(count - 1)](operands, b, b_panel, to);
+      table[static_cast<size_t>(count - 1)](operands, b, b_panel, to, next.take(first.units() + second.units()));
       pixels -= count;
       for (auto& operand : operands) operand = operand.after(count);
       to.out += count * to.out_step;

@@ -132,7 +132,7 @@ void run_winograd(const Winograd<T>& w, int64_t images) {
     const int64_t later = (task + 1) / cuts;  // this thread will likely take the next task
     if (block < later && later < blocks)
       pieces.prefetch(w.in, later * pieces.count / blocks, (later + 1) * pieces.count / blocks, next);
-    next.spread(kPositions * own * ceil_div(count, kMaxPixels));
+    next.spread(kPositions * own * ceil_div(count, kMaxPixels) * w.units(), 0);
     for (int64_t position = 0; position < kPositions; ++position)
       for (int64_t panel = 0, together; panel < own; panel += together) {
         together = panels_together(own - panel);
@@ -140,7 +140,7 @@ void run_winograd(const Winograd<T>& w, int64_t images) {
             gathered + position * matrix, 0, count, taps,
             {w.weight + (position * panels + first + panel) * w.units() * kPanel,
              products + position * product + panel * count * kPanel, w.units() * kPanel, count * kPanel, kPanel},
-            together * kPanel, [&](int64_t, int64_t) RESFUSE_INLINE_LAMBDA { next.step(); });
+            together * kPanel, next, [](int64_t, int64_t) {});
       }
     for (int64_t panel = 0; panel < own; ++panel)
       for (int64_t i = 0; i < count; ++i)

@@ -17,6 +17,12 @@ namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kFloatRows = 32;
 
+// Name `count` pixels of an activation, or of none.
+template <class T>
+void name_pixels(const T* image, int64_t channels, int64_t pixel, int64_t count, Prefetcher& to) {
+  if (image != nullptr) to.add(image + pixel * channels, count * channels * static_cast<int64_t>(sizeof(T)));
+}
+
 // Ask for the lines of one panel of `count` pixels, `step` apart, of an activation that an epilogue will touch.
 template <class T>
 RESFUSE_LANES void prefetch_panel(const T* image, int64_t channels, int64_t pixel, int64_t count, int64_t step,
@@ -131,6 +137,7 @@ struct WithMoments {
   void prefetch(int64_t pixel, int64_t count, int64_t step, int64_t panel) const {
     prefetch_panel(y, channels, pixel, count, step, panel);
   }
+  void touches(int64_t pixel, int64_t count, Prefetcher& to) const { name_pixels(y, channels, pixel, count, to); }
 
   void operator()(int64_t slab, int64_t pixel, int64_t pixels, int64_t panel, const float* values) const {
     store_panel(values, pixels, panel * kPanel, channels, y + pixel * channels);
@@ -154,6 +161,11 @@ struct InputGradient {
     prefetch_panel(grad_x, channels, pixel, count, step, panel);
     prefetch_panel(other, channels, pixel, count, step, panel);
     prefetch_panel(x, channels, pixel, count, step, panel);
+  }
+  void touches(int64_t pixel, int64_t count, Prefetcher& to) const {
+    name_pixels<T>(grad_x, channels, pixel, count, to);
+    if (other != grad_x) name_pixels(other, channels, pixel, count, to);
+    name_pixels(x, channels, pixel, count, to);
   }
 
   void operator()(int64_t slab, int64_t pixel, int64_t pixels, int64_t panel, const float* values) const {
@@ -225,6 +237,10 @@ struct ResidualAct {
   void prefetch(int64_t pixel, int64_t count, int64_t step, int64_t panel) const {
     prefetch_panel(out, channels, pixel, count, step, panel);
     prefetch_panel(residual, channels, pixel, count, step, panel);
+  }
+  void touches(int64_t pixel, int64_t count, Prefetcher& to) const {
+    name_pixels<T>(out, channels, pixel, count, to);
+    name_pixels(residual, channels, pixel, count, to);
   }
 
   void operator()(int64_t slab, int64_t pixel, int64_t pixels, int64_t panel, float* values) const {

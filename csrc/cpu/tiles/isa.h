@@ -89,17 +89,6 @@ inline bool multiplies_bfloat16() {
 #endif
 }
 
-// Whether tiles ask for the memory that the next one reads. Processors of Intel (measured: Ice Lake) fetch runs of
-// memory ahead by themselves, and stand still once a dozen lines are asked for. docs/performance-log.md, entry 21.
-inline bool asks_ahead() {
-#if RESFUSE_HAS_TILES
-  static const bool found = __builtin_cpu_is("intel") == 0;
-  return found;
-#else
-  return false;
-#endif
-}
-
 // Whether register tiles are two panels wide. A narrow one has too many loads for its products on processors of Intel
 // (measured: Ice Lake); on those of AMD only narrow ones were measured. Results are the same bits. RESFUSE_WIDE_TILES
 // is 0 or 1 where a test wants one of them.

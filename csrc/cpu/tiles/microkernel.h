@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "prefetch.h"
 
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
@@ -68,23 +69,65 @@ struct Panels {
 template <int V>
 constexpr int kPanelVectors = V < 2 ? V : 2;
 
+// Ask for the line that a step is due to ask for.
+RESFUSE_LANES void ask(Ahead& ahead) {
+  _mm_prefetch(ahead.at, _MM_HINT_T0);
+  ahead.at += ahead.bytes;
+}
+
+// Keep a vector in a register: a compiler may think it cheaper to read it again for each of its uses.
+template <class L>
+RESFUSE_LANES void keep(L& lanes) {
+  asm("" : "+v"(lanes));
+}
+
+// f(0) to f(N - 1) with constants, so that arrays of vectors are registers from the start.
+template <class F, int... I>
+RESFUSE_LANES void repeat(const F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+RESFUSE_LANES void repeat(const F& f) {
+  repeat(f, std::make_integer_sequence<int, N>{});
+}
+// f(r, v) for R by V sums
+template <int R, int V, class F>
+RESFUSE_LANES void for_sums(const F& f) {
+  repeat<R>([&](auto r) RESFUSE_INLINE_LAMBDA { repeat<V>([&](auto v) RESFUSE_INLINE_LAMBDA { f(r, v); }); });
+}
+
+// One step of R pixels, whose values lie `step` apart, with V vectors of b, whose panels lie b_panel apart.
+template <class U, int V, int R>
+RESFUSE_LANES void multiply_step(const U* at, int64_t step, const U* b, int64_t b_panel, Lanes (&sum)[R][V]) {
+  constexpr int kSide = kPanelVectors<V>;
+  decltype(load_units(b)) lanes[V];
+  repeat<V>([&](auto v) RESFUSE_INLINE_LAMBDA {
+    lanes[v] = load_units(b + v / kSide * b_panel + v % kSide * kLanes);
+    keep(lanes[v]);
+  });
+  repeat<R>([&](auto r) RESFUSE_INLINE_LAMBDA {
+    const auto value = broadcast_unit(at[r * step]);
+    repeat<V>([&](auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = multiply_add(value, lanes[v], sum[r][v]); });
+  });
+}
+
 // `origin` is the patch pixel from which taps count, `pixel` the first of R pixels.
 template <class U, int V, int R>
 __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, int64_t pixel, const Tap* taps,
-                                               int64_t tap_count, const Panels<U>& panels) {
+                                               int64_t tap_count, const Panels<U>& panels, Ahead ahead) {
   constexpr int kSide = kPanelVectors<V>;
   const U* b = panels.b;
   Lanes sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = zero_lanes();
+  const auto clear = [&]() RESFUSE_INLINE_LAMBDA {
+    for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = zero_lanes(); });
+  };
+  clear();
   bool first = true;
   const auto store_sums = [&]() RESFUSE_INLINE_LAMBDA {
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < V; ++v) {
-        float* to = panels.c + v / kSide * panels.c_panel + (pixel + r) * panels.c_pixel + v % kSide * kLanes;
-        store_lanes(to, first ? sum[r][v] : load_lanes(to) + sum[r][v]);
-      }
-    }
+    for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA {
+      float* to = panels.c + v / kSide * panels.c_panel + (pixel + r) * panels.c_pixel + v % kSide * kLanes;
+      store_lanes(to, first ? sum[r][v] : load_lanes(to) + sum[r][v]);
+    });
   };
   int64_t left = kSumSteps;
   for (const Tap* tap = taps; tap < taps + tap_count; ++tap) {
@@ -94,20 +137,15 @@ __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, i
     while (at < end) {
       if (left == 0) {
         store_sums();
-        for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) sum[r][v] = zero_lanes();
+        clear();
         first = false;
         left = kSumSteps;
       }
       const U* stop = at + std::min<int64_t>(end - at, left);
       left -= stop - at;
       for (; at < stop; ++at, b += kSide * kLanes) {
-        decltype(load_units(b)) lanes[V];
-        for (int v = 0; v < V; ++v) lanes[v] = load_units(b + v / kSide * panels.b_panel + v % kSide * kLanes);
-        for (int r = 0; r < R; ++r) {
-          const auto value = broadcast_unit(at[r * step]);
-          for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
-        }
+        ask(ahead);
+        multiply_step<U, V, R>(at, step, b, panels.b_panel, sum);
       }
     }
   }
@@ -115,30 +153,39 @@ __attribute__((noinline)) void multiply_pixels(const U* patch, int64_t origin, i
 }
 
 template <class U>
-using MultiplyPixels = void (*)(const U*, int64_t, int64_t, const Tap*, int64_t, const Panels<U>&);
+using MultiplyPixels = void (*)(const U*, int64_t, int64_t, const Tap*, int64_t, const Panels<U>&, Ahead);
 
 template <class U, int V, size_t... R>
 constexpr std::array<MultiplyPixels<U>, sizeof...(R)> multiply_table(std::index_sequence<R...>) {
   return {&multiply_pixels<U, V, static_cast<int>(R) + 1>...};
 }
 
+// How many groups of pixels are multiplied, of at most `most`. Two panels wide, 7 pixels are one more vector than there
+// are registers, 6 are faster; but every group reads all of b, and two groups are better than three.
+inline int64_t groups_of(int64_t pixels, int64_t most) {
+  if (most == kWidePixels && pixels > 2 * most) --most;
+  return (pixels + most - 1) / most;
+}
+
 // Products of `pixels` pixels, in groups as equal as their number allows, with `lanes` channels: of half a panel, of
-// one, or of two, where wide_tiles(). Before each group, `before(pixel, count)` is called: it may ask for memory that
-// is needed soon.
+// one, or of two, where wide_tiles(). Meanwhile a share of what `next` names is asked for. Before each group,
+// `before(pixel, count)` is called: it may ask for memory that is needed soon.
 template <class U, class P>
 void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<Tap>& taps, const Panels<U>& panels,
-              int64_t lanes, const P& before) {
+              int64_t lanes, Prefetcher& next, const P& before) {
   static constexpr std::array kTables{multiply_table<U, 1>(std::make_index_sequence<kMaxPixels>{}),
                                       multiply_table<U, 2>(std::make_index_sequence<kMaxPixels>{})};
   static constexpr auto kWide = multiply_table<U, 4>(std::make_index_sequence<kWidePixels>{});
+  int64_t steps = 0;
+  for (const Tap& tap : taps) steps += tap.steps;
   const auto run = [&](const auto& table) RESFUSE_INLINE_LAMBDA {
-    const auto most = static_cast<int64_t>(table.size()), tap_count = static_cast<int64_t>(taps.size());
-    const int64_t groups = (pixels + most - 1) / most;
+    const auto tap_count = static_cast<int64_t>(taps.size());
+    const int64_t groups = groups_of(pixels, static_cast<int64_t>(table.size()));
     int64_t pixel = 0;
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t count = (pixels - pixel) / (groups - group);
       before(pixel, count);
-      table[static_cast<size_t>(count - 1)](patch, origin, pixel, taps.data(), tap_count, panels);
+      table[static_cast<size_t>(count - 1)](patch, origin, pixel, taps.data(), tap_count, panels, next.take(steps));
       pixel += count;
     }
   };
@@ -162,35 +209,37 @@ struct PixelRows {
 // w's panels lie w_panel apart. `first`: w is written, not added to.
 // The rows are summed from zero and then added to w: a sum of short sums rounds less than one long one.
 template <class U, int V, int R = kWeightChannels>
-__attribute__((noinline)) void accumulate(const PixelRows<U>& from, bool first, float* w, int64_t w_panel) {
+__attribute__((noinline)) void accumulate(const PixelRows<U>& from, bool first, float* w, int64_t w_panel,
+                                          Ahead ahead) {
   constexpr int kSide = kPanelVectors<V>;
   const auto [begin, p_step, q, q_step, q_vector, rows, row_count, steps] = from;
   const U* p = begin;
   Lanes sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = zero_lanes();
+  for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = zero_lanes(); });
   for (int64_t row = 0; row < row_count; ++row) {
     const U* at = q + rows[row];
     for (int64_t i = 0; i < steps; ++i, p += p_step, at += q_step) {
       _mm_prefetch(reinterpret_cast<const char*>(p + kAheadSteps * p_step), _MM_HINT_T0);
+      ask(ahead);
       decltype(load_units(at)) lanes[V];
-      for (int v = 0; v < V; ++v) lanes[v] = load_units(at + v * q_vector);
-      for (int r = 0; r < R; ++r) {
+      repeat<V>([&](auto v) RESFUSE_INLINE_LAMBDA {
+        lanes[v] = load_units(at + v * q_vector);
+        keep(lanes[v]);
+      });
+      repeat<R>([&](auto r) RESFUSE_INLINE_LAMBDA {
         const auto value = broadcast_unit(p[r]);
-        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, lanes[v], sum[r][v]);
-      }
+        repeat<V>([&](auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = multiply_add(value, lanes[v], sum[r][v]); });
+      });
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) {
-      float* to = w + v / kSide * w_panel + (r * kSide + v % kSide) * kLanes;
-      store_lanes(to, first ? sum[r][v] : load_lanes(to) + sum[r][v]);
-    }
-  }
+  for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA {
+    float* to = w + v / kSide * w_panel + (r * kSide + v % kSide) * kLanes;
+    store_lanes(to, first ? sum[r][v] : load_lanes(to) + sum[r][v]);
+  });
 }
 
 template <class U>
-using Accumulate = void (*)(const PixelRows<U>&, bool, float*, int64_t);
+using Accumulate = void (*)(const PixelRows<U>&, bool, float*, int64_t, Ahead);
 
 // A bundle's sums with half a panel, one, or two: `rows` of the bundle at once.
 template <class U>

@@ -151,6 +151,7 @@ struct MaskedGradient {
     const int64_t bytes = pixels * channels * static_cast<int64_t>(sizeof(T));
     to.add(grad + pixel * channels, bytes);
     if (out != nullptr) to.add(out + pixel * channels, bytes);
+    to.add(dz + pixel * channels, bytes);
   }
   bool computed() const { return true; }
 

@@ -189,9 +189,8 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
   parallel_tasks(slabs.slabs * slabs.blocks, work, [&](int64_t task) {
     const int64_t slab = task / slabs.blocks, block = task % slabs.blocks;
     using U = unit_t<T>;
-    char* memory = static_cast<char*>(
-        workspace_bytes(Slot::kTile, Carver::bytes_of<U>(patch_units) + Carver::bytes_of<float>(2 * product_step)));
-    Carver carver(memory);
+    const int64_t bytes = Carver::bytes_of<U>(patch_units) + Carver::bytes_of<float>(2 * product_step);
+    Carver carver(static_cast<char*>(workspace_bytes(Slot::kTile, bytes)));
     U* patch = carver.take<U>(patch_units);
     float* values = carver.take<float>(2 * product_step);
     for (int64_t index = slabs.first_tile(slab); index < slabs.first_tile(slab + 1); ++index) {
@@ -205,9 +204,17 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
       // after a slab's last tile, this thread will likely take the next task
       const int64_t later = (task + 1) / slabs.blocks;
       const bool last = index + 1 == slabs.first_tile(slab + 1);
-      if (!last || later < slabs.slabs) ahead(plan.tile(last ? slabs.first_tile(later) : index + 1), next);
-      next.spread((slabs.first_panel(block + 1) - slabs.first_panel(block)) * kPanel / lanes * rows *
-                  ceil_div(columns, kMaxPixels));
+      if (!last || later < slabs.slabs) {
+        const Tile following = plan.tile(last ? slabs.first_tile(later) : index + 1);
+        ahead(following, next);
+        const int64_t begin = following.row * h.out_step, first = following.column * w.out_step;
+        const int64_t pixels = std::min(following.rows * h.out_step, h.out - begin) *
+                               std::min(following.columns * w.out_step, w.out - first);
+        epilogue.touches((following.image * h.out + begin) * w.out + first, pixels, next);
+      }
+      next.spread((slabs.first_panel(block + 1) - slabs.first_panel(block)) * kPanel / lanes * tile.rows *
+                      ceil_div(tile.columns, kMaxPixels) * taps.units,
+                  bytes);
       const int64_t last_panel = slabs.first_panel(block + 1);
       for (int64_t panel = slabs.first_panel(block), together; panel < last_panel; panel += together) {
         together = taps.windows.together(panel, last_panel);
@@ -226,9 +233,8 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
               }
               const int64_t row_pixel = pixel + r * w.out + phase.column;
               multiply<U>(a, base * patch_row, count, phase.taps,
-                          {b + phase.begin * lanes, to, taps.units * lanes, product_step, step}, together * lanes,
+                          {b + phase.begin * lanes, to, taps.units * lanes, product_step, step}, together * lanes, next,
                           [&](int64_t i, int64_t n) RESFUSE_INLINE_LAMBDA {
-                            next.step();
                             for (int64_t at = 0; half == 0 && at < together; ++at)
                               epilogue.prefetch(row_pixel + i * w.out_step, n, w.out_step, panel + at);
                           });

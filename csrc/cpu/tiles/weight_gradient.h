@@ -17,7 +17,7 @@ RESFUSE_TILES_BEGIN
 
 namespace resfuse::cpu::RESFUSE_ISA {
 
-constexpr int64_t kWeightPixels = 224;            // of a tile: sums are read and written once for so many products
+constexpr int64_t kWeightPixels = 112;            // of a tile: sums are read and written once for so many products
 constexpr int64_t kWeightPatchBytes = 768 << 10;  // the input's side of a tile stays in L2
 constexpr int64_t kWeightTasks = 16;              // slabs, at most
 constexpr int64_t kMomentSlabs = 256;  // of a symmetric product: a float sum runs over one tile, where memory allows
@@ -271,9 +271,12 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
         const int64_t at = (following.image * plan.height.out + following.row) * plan.width.out + following.column;
         if (!sums.symmetric) grad.prefetch(at, following.rows * following.columns, next);
       }
-      next.spread(sums.taps * (strips.end - strips.begin) * std::min(bundles.end - bundles.begin, sums.strips.depth));
+      const int64_t steps = ceil_div(tile.columns, kUnit<T>);
+      next.spread(sums.taps * (strips.end - strips.begin) * std::min(bundles.end - bundles.begin, sums.strips.depth) *
+                      tile.rows * steps,
+                  bytes);
       side.fill(tile, input, in_begin, in_end, patch, q);
-      const int64_t patch_columns = plan.width.patch(tile.columns), steps = ceil_div(tile.columns, kUnit<T>);
+      const int64_t patch_columns = plan.width.patch(tile.columns);
       for (int64_t row = 0; row < tile.rows; ++row) {
         const int64_t pixel =
             sums.symmetric ? first_pixel(plan, tile, row) : (tile.image * h.out + tile.row + row) * w.out + tile.column;
@@ -291,7 +294,6 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
             const int64_t stop = std::min(bundles.end, wanted.end);
             for (int64_t bundle = std::max(bundles.begin, wanted.begin); bundle < stop; ++bundle) {
               for (int64_t r = 0; r < kWeightChannels; r += some.rows) {
-                next.step();
                 const PixelRows<U> pixels{p.at(0, bundle * kWeightChannels - begin + r),
                                           p.pixel_step,
                                           q.at(0, strip * sums.strips.lanes - in_begin),
@@ -301,7 +303,7 @@ void sum_weight_gradient(const Plan& plan, const G& grad, const A& input, int64_
                                           tile.rows,
                                           steps};
                 some.add(pixels, index == first_tile, total + sums.at(tap, strip, bundle) + r * sums.strips.lanes,
-                         sums.strips.depth * sums.strips.block());
+                         sums.strips.depth * sums.strips.block(), next.take(tile.rows * steps));
               }
             }
           }

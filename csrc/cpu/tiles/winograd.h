@@ -62,8 +62,8 @@ struct WinogradPlan : Plan {
     const int64_t of_tile = ceil_div(rows, 2) * ceil_div(columns, 2);
     group = std::max<int64_t>(1, most / of_tile);
     blocks = group * of_tile;
-    together =
-        std::clamp<int64_t>(kProductBytes / (kPositions * blocks * kPanel * 4), 1, ceil_div(out_channels, kPanel));
+    const int64_t most_panels = kProductBytes / (kPositions * blocks * kPanel * 4);
+    together = std::clamp<int64_t>(most_panels / 2 * 2, 1, ceil_div(out_channels, kPanel));
   }
 
   TileSlabs slabs() const { return TileSlabs(tiles(), ceil_div(out_channels, kPanel), ceil_div(tiles(), group)); }
@@ -273,9 +273,12 @@ void run_winograd(const WinogradPlan& plan, const unit_t<T>* packed, const TileS
         blocks += tile.rows / 2 * (tile.columns / 2);
       }
       Prefetcher next;
-      if (end < last_tile || later < slabs.slabs)
-        ahead(plan.tile(end < last_tile ? end : slabs.first_tile(later)), next);
-      next.spread((last_panel - first_panel) * kPositions * ceil_div(blocks, kMaxPixels));
+      if (end < last_tile || later < slabs.slabs) {
+        const Tile tile = plan.tile(end < last_tile ? end : slabs.first_tile(later));
+        ahead(tile, next);
+        epilogue.touches((tile.image * plan.height.out + tile.row) * plan.width.out, tile.rows * tile.columns, next);
+      }
+      next.spread((last_panel - first_panel) * kPositions * ceil_div(blocks, kMaxPixels) * units, bytes);
       for (int64_t panel = first_panel; panel < last_panel; panel += plan.together) {
         const int64_t panels = std::min(plan.together, last_panel - panel);
         for (int64_t position = 0; position < kPositions; ++position) {
@@ -285,7 +288,7 @@ void run_winograd(const WinogradPlan& plan, const unit_t<T>* packed, const TileS
                         {packed + ((panel + i) * kPositions + position) * size,
                          products + (i * kPositions + position) * product_step, kPositions * size,
                          kPositions * product_step, kPanel},
-                        count * kPanel, [&](int64_t, int64_t) RESFUSE_INLINE_LAMBDA { next.step(); });
+                        count * kPanel, next, [](int64_t, int64_t) {});
           }
         }
         for (int64_t i = 0; i < panels; ++i) {

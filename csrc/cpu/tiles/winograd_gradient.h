@@ -148,9 +148,9 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
     const Range channels{bundles.begin * kWeightChannels, std::min(bundles.end * kWeightChannels, plan.out_channels)};
     const int64_t patch_size = plan.whole_patch() * plan.step, inputs_size = shares.rows * 4 * input_step;
     const int64_t gradients_size = shares.rows * 4 * grad_step;
-    Carver carver(static_cast<char*>(workspace_bytes(
-        Slot::kTile,
-        Carver::bytes_of<float>(patch_size) + Carver::bytes_of<U>(inputs_size) + Carver::bytes_of<U>(gradients_size))));
+    const int64_t bytes =
+        Carver::bytes_of<float>(patch_size) + Carver::bytes_of<U>(inputs_size) + Carver::bytes_of<U>(gradients_size);
+    Carver carver(static_cast<char*>(workspace_bytes(Slot::kTile, bytes)));
     float* patch = carver.take<float>(patch_size);
     const Pixels<U> inputs(carver.take<U>(inputs_size), kLanes, vector_units(most_steps));
     const Pixels<U> gradients = bundled(carver.take<U>(gradients_size), most_steps, grad_channels);
@@ -177,7 +177,8 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
         grad.prefetch((following.image * plan.height.out + following.row) * plan.width.out,
                       following.rows * following.columns, next);
       }
-      next.spread(shares.rows * 4 * sums.strips.count() * (bundles.end - bundles.begin));
+      const int64_t summed = ceil_div(blocks, kStepBlocks<U>);
+      next.spread(shares.rows * 4 * sums.strips.count() * (bundles.end - bundles.begin) * summed, bytes);
       const int64_t rows[1] = {0};
       for (int64_t i = 0; i < shares.rows * 4; ++i) {
         for (int64_t strip = 0, together; strip < sums.strips.count(); strip += together) {
@@ -185,7 +186,6 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
           const Accumulator<U> some(together * kPanel);
           for (int64_t bundle = bundles.begin; bundle < bundles.end; ++bundle) {
             for (int64_t r = 0; r < kWeightChannels; r += some.rows) {
-              next.step();
               const PixelRows<U> steps{gradients.at(0, (bundle - bundles.begin) * kWeightChannels + r) + i * grad_step,
                                        gradients.pixel_step,
                                        inputs.at(0, strip * kPanel) + i * input_step,
@@ -193,10 +193,10 @@ void sum_winograd_gradient(const WinogradPlan& plan, const G& grad, const A& inp
                                        inputs.vector_step,
                                        rows,
                                        1,
-                                       ceil_div(blocks, kStepBlocks<U>)};
+                                       summed};
               some.add(steps, first == tile_of(slab),
                        totals + slab * sums.size() + sums.at(positions.begin * 4 + i, strip, bundle) + r * kPanel,
-                       sums.strips.depth * sums.strips.block());
+                       sums.strips.depth * sums.strips.block(), next.take(summed));
             }
           }
         }
