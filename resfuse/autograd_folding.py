@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resfuse import ops, reference
 from resfuse.autograd import _beside, _cast, _differentiate, _kept, _laid_out_as, _masked, _recorded, _through_moments
+from resfuse.ownership import owns
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.raw import Pairs, Raw, Statistics, count, scale_shift, zeros_or
 
@@ -216,7 +217,8 @@ class ExpandNormActFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        owned = grad_out is not None and ctx.backend == "native" and owns(grad_out)
+        given, saved = grad_out, ctx.saved_tensors
         grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:], backend=ctx.backend)
         if _recorded():
             return (*_double_backward(ctx, saved, grad_out), *[None] * 7)
@@ -229,8 +231,12 @@ class ExpandNormActFunction(torch.autograd.Function):
         # the algebra is float32 wherever backward is called
         with torch.autocast(main.x.device.type, enabled=False):
             grad_out = _laid_out_as(grad_out, out if out is not None else _beside(main.x, grad_out))
-            source = (main.x, main.affine, main.mean)
-            dz, gram, grad_bias = ops.of(ctx.backend).expand_bn_act_backward_weight(grad_out, out, *source, relu_x)
+            owned = owned or (ctx.backend == "native" and grad_out is not given)  # a copy made here
+            arguments = (grad_out, out, main.x, main.affine, main.mean, relu_x)
+            if owned and not torch.compiler.is_compiling():
+                dz, (gram, grad_bias) = grad_out, ops.expand_bn_act_backward_weight_(*arguments)
+            else:
+                dz, gram, grad_bias = ops.of(ctx.backend).expand_bn_act_backward_weight(*arguments)
             options: tuple[Any, ...] = (eps, relu_x, [1, 1], any(need[:2]), need[3], ctx.backend)
             own = _branch_gradients(main, dz, gram, grad_bias, *options)
             other: Any = (None,) * len(BranchGradients._fields)

@@ -77,6 +77,8 @@ SCHEMAS = (
     "-> (Tensor a_mean, Tensor covariance)",
     "expand_bn_act_backward_weight(Tensor grad_out, Tensor? out, Tensor x, Tensor? affine, Tensor? mean, bool relu) "
     "-> (Tensor dz, Tensor product, Tensor sums)",
+    "expand_bn_act_backward_weight_(Tensor(a!) grad_out, Tensor? out, Tensor x, Tensor? affine, Tensor? mean, "
+    "bool relu) -> (Tensor product, Tensor sums)",
     "expand_bn_act_backward_input(Tensor dz, Tensor x, Tensor? affine, Tensor? mean, bool relu, Tensor weight, "
     "Tensor correction, Tensor row, int[2] stride) -> (Tensor grad_x, Tensor sums)",
     "pack_weight(Tensor weight, int groups) -> Tensor",
@@ -226,6 +228,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "conv_act": _fake_conv_act,
     "second_moments": lambda x, *_: (_channels(x), _vector(x, x.shape[1], x.shape[1])),
     "expand_bn_act_backward_weight": _fake_expand_weight,
+    "expand_bn_act_backward_weight_": lambda *arguments: _fake_expand_weight(*arguments)[1:],
     "expand_bn_act_backward_input": lambda dz, x, affine, *_: (
         torch.empty_like(x),
         _vector(x, 0) if affine is None else _vector(x, 2, x.shape[1]),
@@ -348,4 +351,5 @@ second_moments = _ops.second_moments.default
 pack_weight = _ops.pack_weight.default
 run_plan = _ops.run_plan.default
 expand_bn_act_backward_weight = _ops.expand_bn_act_backward_weight.default
+expand_bn_act_backward_weight_ = _ops.expand_bn_act_backward_weight_.default
 expand_bn_act_backward_input = _ops.expand_bn_act_backward_input.default

@@ -265,6 +265,9 @@ CASES = {
     "expand_bn_act_backward_weight": lambda x, a, m, w, p: (
         torch.randn(3, 5, 7, 9).to(memory_format=LAST), torch.randn(3, 5, 7, 9).to(memory_format=LAST), x, a, m, True,
     ),
+    "expand_bn_act_backward_weight_": lambda x, a, m, w, p: (
+        torch.randn(3, 5, 7, 9).to(memory_format=LAST), torch.randn(3, 5, 7, 9).to(memory_format=LAST), x, a, m, True,
+    ),
     "expand_bn_act_backward_input": lambda x, a, m, w, p: (
         torch.randn(3, 5, 7, 9).to(memory_format=LAST), x, a, m, True, torch.randn(5, 3), torch.randn(3, 3),
         torch.randn(3), [1, 1],

@@ -67,15 +67,17 @@ void expand_input_tiles(const ConvShape& shape, const T* dz, const Activation<T>
 RESFUSE_TILES_END
 #endif
 
-std::tuple<Tensor, Tensor, Tensor> expand_bn_act_backward_weight(const Tensor& grad_out, const OptionalTensor& out,
-                                                                 const Tensor& x, const OptionalTensor& affine,
-                                                                 const OptionalTensor& mean, bool relu) {
+// `in_place`: dz is written over grad_out.
+static std::tuple<Tensor, Tensor, Tensor> backward_weight(const Tensor& grad_out, const OptionalTensor& out,
+                                                          const Tensor& x, const OptionalTensor& affine,
+                                                          const OptionalTensor& mean, bool relu, bool in_place) {
   const ConvShape shape = pointwise_shape(x, grad_out.size(1), {1, 1});
   check_image(grad_out, x, shape.out_channels, x.size(2), x.size(3), "grad_out");
   if (out.has_value()) check_like(*out, grad_out, "out");
   PaddedVectors vectors;
   const Prologue prologue(affine, mean, x, vectors);
-  Tensor dz = new_activation(grad_out), sums = new_vector(x, 1, shape.out_channels, ScalarType::Float);
+  Tensor dz = in_place ? grad_out : new_activation(grad_out),
+         sums = new_vector(x, 1, shape.out_channels, ScalarType::Float);
   Tensor product = torch::stable::new_empty(x, {shape.out_channels, shape.in_channels}, ScalarType::Float);
 #if RESFUSE_HAS_TILES
   with_tile_types(x, product, [&](auto tag, auto) {
@@ -88,6 +90,20 @@ std::tuple<Tensor, Tensor, Tensor> expand_bn_act_backward_weight(const Tensor& g
   });
 #endif
   return {dz, product, sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor> expand_bn_act_backward_weight(const Tensor& grad_out, const OptionalTensor& out,
+                                                                 const Tensor& x, const OptionalTensor& affine,
+                                                                 const OptionalTensor& mean, bool relu) {
+  return backward_weight(grad_out, out, x, affine, mean, relu, false);
+}
+
+// grad_out becomes dz: its memory is mapped already, and its lines are in cache when they are written.
+std::tuple<Tensor, Tensor> expand_bn_act_backward_weight_(const Tensor& grad_out, const OptionalTensor& out,
+                                                          const Tensor& x, const OptionalTensor& affine,
+                                                          const OptionalTensor& mean, bool relu) {
+  const auto found = backward_weight(grad_out, out, x, affine, mean, relu, true);
+  return {std::get<1>(found), std::get<2>(found)};
 }
 
 std::tuple<Tensor, Tensor> expand_bn_act_backward_input(const Tensor& dz, const Tensor& x, const OptionalTensor& affine,
@@ -133,6 +149,7 @@ std::tuple<Tensor, Tensor> expand_bn_act_backward_input(const Tensor& dz, const 
 STABLE_TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
   if (!isa_runs()) return;
   m.impl("expand_bn_act_backward_weight", TORCH_BOX(&expand_bn_act_backward_weight));
+  m.impl("expand_bn_act_backward_weight_", TORCH_BOX(&expand_bn_act_backward_weight_));
   m.impl("expand_bn_act_backward_input", TORCH_BOX(&expand_bn_act_backward_input));
 }
 
