@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "channel_moments.h"
-#include "tiles/lanes.h"
+#include "lane_pairs.h"
 #include "walk.h"
 
 namespace resfuse::cpu {
@@ -58,41 +58,6 @@ RESFUSE_TILES_BEGIN
 
 // The same sums on AVX-512, where lines are requested one by one beside them: a core waits once about a dozen are on
 // their way, and a row has many more.
-constexpr int64_t kPair = 2 * kLanes;
-
-struct LanePair {
-  Lanes first, second;
-};
-RESFUSE_LANES LanePair load_pair(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes)}; }
-RESFUSE_LANES LanePair load_pair(const Half* from) {
-  const auto load = [=](int64_t i) RESFUSE_INLINE_LAMBDA {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
-  };
-  return {load(0), load(kLanes)};
-}
-// Of bfloat16 the even values and the odd ones, one shifted and one masked: to widen them in order takes twice as many
-// instructions.
-RESFUSE_LANES LanePair load_pair(const BFloat16* from) {
-  const UnitLanes pairs = _mm512_loadu_si512(from);
-  return {first_of_pairs(pairs), second_of_pairs(pairs)};
-}
-
-// So lanes beside bfloat16 are split as its values are, even before odd in every pair of vectors, or put back in order.
-template <bool kBack>
-RESFUSE_LANES void split_lanes(float* lanes, int64_t width) {
-  alignas(64) int32_t low[kLanes], high[kLanes];
-  for (int32_t i = 0; i < kLanes; ++i) {
-    low[i] = kBack ? i / 2 + i % 2 * int32_t(kLanes) : 2 * i;
-    high[i] = kBack ? low[i] + int32_t(kLanes) / 2 : 2 * i + 1;
-  }
-  const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
-  for (int64_t j = 0; j < width; j += kPair) {
-    const LanePair pair = load_pair(lanes + j);
-    _mm512_storeu_ps(lanes + j, _mm512_permutex2var_ps(pair.first, first, pair.second));
-    _mm512_storeu_ps(lanes + j + kLanes, _mm512_permutex2var_ps(pair.first, second, pair.second));
-  }
-}
-
 template <int kRows, class T>
 RESFUSE_LANES void add_rows(const T* x, int64_t width, int64_t whole, const float* center, float* first,
                             float* second) {
