@@ -37,6 +37,7 @@ class _Probe(torch.autograd.Function):
 
 
 def _measure(grad: Tensor) -> tuple[int, int, int]:
+    """The references as `owns` sees them, whose frame holds one too."""
     return _references(grad)
 
 
