@@ -23,8 +23,7 @@ RESFUSE_LANES LanePair load_pair(const Half* from) {
   };
   return {load(0), load(kLanes)};
 }
-// Of bfloat16 the even values and the odd ones, one shifted and one masked: to widen them in order takes twice as many
-// instructions.
+// Of bfloat16 the even values and the odd ones: one shifted, one masked.
 RESFUSE_LANES LanePair load_pair(const BFloat16* from) {
   const UnitLanes pairs = _mm512_loadu_si512(from);
   return {first_of_pairs(pairs), second_of_pairs(pairs)};
@@ -58,12 +57,7 @@ RESFUSE_LANES void store_pair(BFloat16* to, LanePair z) {
     }
     return;
   }
-  const auto rounded = [](Lanes value) RESFUSE_INLINE_LAMBDA {
-    const __m512i bits = _mm512_castps_si512(value), half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    return _mm512_add_epi32(_mm512_add_epi32(bits, half), odd);
-  };
-  const __m512i low = _mm512_srli_epi32(rounded(z.first), 16), high = rounded(z.second);
+  const UnitLanes low = _mm512_srli_epi32(round_bits(z.first), 16), high = round_bits(z.second);
   _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaau, low, high));
 }
 

@@ -67,11 +67,15 @@ RESFUSE_LANES Lanes load_lanes(const float* from, LaneMask mask = kAllLanes) {
 // Rounded to nearest, ties to even; subnormal results are zero.
 RESFUSE_LANES Halves round_halves(Lanes value, BFloat16) { return (__m256i)_mm512_cvtneps_pbh(value); }
 
-// The same without AVX512_BF16, as math.h's store, so that subnormal results are kept.
-RESFUSE_LANES Halves round_halves(Lanes value, WideBFloat16) {
+// The same without AVX512_BF16, as math.h's store, so that subnormal results are kept: in the upper halves, and not for
+// NaN.
+RESFUSE_LANES UnitLanes round_bits(Lanes value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+}
+RESFUSE_LANES Halves round_halves(Lanes value, WideBFloat16) {
+  const __m512i rounded = round_bits(value);
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(
       _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));

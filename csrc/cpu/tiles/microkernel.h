@@ -69,7 +69,7 @@ struct Panels {
 template <int V>
 constexpr int kPanelVectors = V < 2 ? V : 2;
 
-// Ask for the line that a step is due to ask for.
+// Ask for the line that a step is due to ask for, for L1 too: the steps after it ask for the same one, and find it.
 RESFUSE_LANES void ask(Ahead& ahead) {
   _mm_prefetch(ahead.at, _MM_HINT_T0);
   ahead.at += ahead.bytes;

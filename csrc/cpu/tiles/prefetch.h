@@ -1,4 +1,4 @@
-// Prefetching: while one tile is multiplied, the memory of the next one is fetched into L2.
+// Prefetching: while one tile is multiplied, the memory of the next one is fetched, so that it lies in L2.
 //
 // A tile kernel computes and reads by turns; without this a processor waits for memory while it fills a patch or
 // finishes a panel, and memory waits while it multiplies. Register tiles ask for a line every few of their steps: only

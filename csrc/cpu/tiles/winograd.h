@@ -62,6 +62,7 @@ struct WinogradPlan : Plan {
     const int64_t of_tile = ceil_div(rows, 2) * ceil_div(columns, 2);
     group = std::max<int64_t>(1, most / of_tile);
     blocks = group * of_tile;
+    // an odd panel would be multiplied alone, where wide_tiles()
     const int64_t most_panels = kProductBytes / (kPositions * blocks * kPanel * 4);
     together = std::clamp<int64_t>(most_panels / 2 * 2, 1, ceil_div(out_channels, kPanel));
   }
