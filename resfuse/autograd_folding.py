@@ -217,7 +217,8 @@ class ExpandNormActFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        owned = grad_out is not None and ctx.backend == "native" and owns(grad_out)
+        overwrites = ctx.backend == "native" and not torch.compiler.is_compiling()
+        owned = overwrites and grad_out is not None and owns(grad_out)
         given, saved = grad_out, ctx.saved_tensors
         grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:], backend=ctx.backend)
         if _recorded():
@@ -231,9 +232,8 @@ class ExpandNormActFunction(torch.autograd.Function):
         # the algebra is float32 wherever backward is called
         with torch.autocast(main.x.device.type, enabled=False):
             grad_out = _laid_out_as(grad_out, out if out is not None else _beside(main.x, grad_out))
-            owned = owned or (ctx.backend == "native" and grad_out is not given)  # a copy made here
             arguments = (grad_out, out, main.x, main.affine, main.mean, relu_x)
-            if owned and not torch.compiler.is_compiling():
+            if owned or (overwrites and grad_out is not given):  # what is not given was made here
                 dz, (gram, grad_bias) = grad_out, ops.expand_bn_act_backward_weight_(*arguments)
             else:
                 dz, gram, grad_bias = ops.of(ctx.backend).expand_bn_act_backward_weight(*arguments)

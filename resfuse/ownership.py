@@ -53,7 +53,8 @@ def _of_one_owner() -> tuple[int, int, int] | None:
 
 
 def owns(grad: Tensor) -> bool:
-    """Whether `grad`, an argument of a Function's backward and held by no other name there, is nobody else's."""
-    if torch.compiler.is_compiling() or (one := _of_one_owner()) is None:
-        return False
-    return _references(grad) == one
+    """Whether `grad`, an argument of a Function's backward and held by no other name there, is nobody else's.
+
+    Not for code that torch.compile traces.
+    """
+    return (one := _of_one_owner()) is not None and _references(grad) == one

@@ -12,7 +12,7 @@ W = torch.randn(2, 3, 4, 4)
 kept = []
 said = []
 
-pytestmark = pytest.mark.skipif(ownership._of_one_owner() is None, reason="this torch does not count references")
+pytestmark = pytest.mark.skipif(not hasattr(torch.Tensor, "_use_count"), reason="this torch does not count references")
 
 
 class Overwrite(torch.autograd.Function):
@@ -31,12 +31,8 @@ class Overwrite(torch.autograd.Function):
         return grad
 
 
-class Keeping(torch.autograd.Function):
+class Keeping(Overwrite):
     """The identity, which keeps what it returns as a gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
 
     @staticmethod
     def backward(ctx, grad_out):
