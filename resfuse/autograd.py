@@ -103,6 +103,12 @@ def _kept(bias: Tensor | None) -> Tensor | None:
     return bias.detach().clone().requires_grad_(bias.requires_grad)
 
 
+def _reached(conv_bias: Tensor | None) -> Tensor | None:
+    """A convolution's bias itself, which gradients of gradients reach beside frozen statistics. Its value is not read:
+    it may change before that."""
+    return None if torch.compiler.is_compiling() else conv_bias
+
+
 def _masked(grad: Tensor, out: Tensor) -> Tensor:
     """relu's gradient: grad where out > 0 or NaN, else 0, also for an infinite grad."""
     return torch.where(out.detach() <= 0, 0, grad)

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _cast, _differentiate, _kept, _laid_out_as, _masked, _recorded, _through_moments
+from resfuse.autograd import (
+    _cast,
+    _differentiate,
+    _kept,
+    _laid_out_as,
+    _masked,
+    _reached,
+    _recorded,
+    _through_moments,
+)
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.raw import (
     Pairs,
@@ -26,6 +35,7 @@ from resfuse.raw import (
     count,
     geometry,
     scale_shift,
+    zero_with_gradient,
 )
 
 
@@ -66,7 +76,7 @@ class ConvNormFunction(torch.autograd.Function):
         y, statistics = _convolve(Raw(x, affine, mean), weight, conv_bias, bn, pairs, relu, backend)
         y_affine = statistics.affine(bn)
         ctx.save_for_backward(x, affine, mean, weight, _kept(conv_bias), bn_weight, _kept(bn_bias), y, *statistics[:2])
-        ctx.options, ctx.backend = (bn.training, bn.eps, pairs, relu), backend
+        ctx.options, ctx.backend, ctx.conv_bias = (bn.training, bn.eps, pairs, relu), backend, _reached(conv_bias)
         ctx.mark_non_differentiable(statistics.mean)
         ctx.set_materialize_grads(False)
         return (y, y_affine, statistics.mean, *([x.view_as(x)] if through else []))
@@ -115,7 +125,7 @@ class ConvNormFunction(torch.autograd.Function):
 def _conv_norm_double_backward(
     ctx: Any, saved: Any, grad_y: Tensor, grad_affine: Tensor, grad_through: Tensor | None
 ) -> list[Tensor | None]:
-    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, _, y_mean, var = saved
+    x, affine, mean, weight, _, bn_weight, bn_bias, _, y_mean, var = saved
     training, eps, pairs, relu = ctx.options
 
     def forward(
@@ -125,11 +135,12 @@ def _conv_norm_double_backward(
         frozen = (None, None) if training else (y_mean, var)
         bn = BatchNorm2dParameters(frozen[0], frozen[1], bn_weight, bn_bias, training, eps=eps)
         y, y_affine, _ = reference.conv_norm(x, affine, mean, conv, bn, "relu" if relu else "identity")
-        if conv_bias is not None and not training:
-            y_affine = y_affine + torch.stack([(conv_bias - conv_bias.detach()) * y_affine[1], y_affine[1] * 0])
+        bias = zero_with_gradient(conv_bias, training)
+        if bias is not None:
+            y_affine = y_affine + torch.stack([bias * y_affine[1], y_affine[1] * 0])
         return y, y_affine
 
-    grads = _differentiate(forward, [x, affine, weight, conv_bias, bn_weight, bn_bias], (grad_y, grad_affine))
+    grads = _differentiate(forward, [x, affine, weight, ctx.conv_bias, bn_weight, bn_bias], (grad_y, grad_affine))
     if grad_through is not None and grads[0] is not None:
         grads[0] = grads[0] + grad_through
     return grads
@@ -179,6 +190,7 @@ class ConvNormActFunction(torch.autograd.Function):
         handed_on = (out, out_mean) if moments else (None, None)
         ctx.save_for_backward(*inputs, statistics.var, y, statistics.mean, y_affine, kept_mask, *handed_on)
         ctx.options, ctx.backend = (bn.training, bn.eps, pairs, relu_x, relu), backend
+        ctx.conv_bias = _reached(conv_bias)
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(not moments)
         return (out, out_mean, out_var) if moments else out
@@ -238,7 +250,7 @@ def _conv_norm_act_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Ten
 
 
 def _conv_norm_act_double_backward(ctx: Any, saved: Any, grad_out: Tensor) -> list[Tensor | None]:
-    x, affine, mean, weight, conv_bias, bn_weight, bn_bias, *rest = saved
+    x, affine, mean, weight, _, bn_weight, bn_bias, *rest = saved
     raw, (var, _, y_mean, _, out, *_) = Raw(*rest[:3]), rest[3:]
     training, eps, pairs, relu_x, relu = ctx.options
     frozen = (None, None) if training else (y_mean, var)
@@ -249,8 +261,7 @@ def _conv_norm_act_double_backward(ctx: Any, saved: Any, grad_out: Tensor) -> li
     def forward(
         x: Tensor, affine: Any, weight: Tensor, conv_bias: Any, bn_weight: Any, bn_bias: Any, r: Any, r_affine: Any
     ) -> Tensor:
-        bias = None if conv_bias is None else conv_bias - conv_bias.detach()
-        conv = Conv2dParameters(weight, bias, *pairs)
+        conv = Conv2dParameters(weight, zero_with_gradient(conv_bias, training), *pairs)
         bn = BatchNorm2dParameters(frozen[0], frozen[1], bn_weight, bn_bias, training, eps=eps)
         a = reference.normalized(x, affine, mean, "relu" if relu_x else "identity")
         z = reference.conv_bn_act(a, conv, bn, activation="identity")
@@ -258,7 +269,8 @@ def _conv_norm_act_double_backward(ctx: Any, saved: Any, grad_out: Tensor) -> li
             z = z + reference.normalized(r, r_affine, raw.mean, "identity")
         return reference.activate(z, "relu" if relu and not plain else "identity")
 
-    grads = _differentiate(forward, [x, affine, weight, conv_bias, bn_weight, bn_bias, raw.x, raw.affine], grad_out)
+    inputs = [x, affine, weight, ctx.conv_bias, bn_weight, bn_bias, raw.x, raw.affine]
+    grads = _differentiate(forward, inputs, grad_out)
     if plain:
         grads[6] = grad_out
     return grads

@@ -16,7 +16,7 @@ from resfuse import ops, reference
 from resfuse.autograd import _beside, _cast, _differentiate, _kept, _laid_out_as, _masked, _recorded, _through_moments
 from resfuse.ownership import owns
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
-from resfuse.raw import Pairs, Raw, Statistics, count, scale_shift, zeros_or
+from resfuse.raw import Pairs, Raw, Statistics, count, scale_shift, zero_with_gradient, zeros_or
 
 _UNIT: Pairs = ([1, 1], [0, 0], [1, 1], 1)
 _NONE: tuple[None, ...] = (None,) * 9
@@ -268,9 +268,9 @@ def _double_backward(ctx: Any, saved: Any, grad_out: Tensor) -> list[Tensor | No
 
     def folded(x: Tensor, tensors: Any, eps: float, stride: Any) -> Tensor:
         weight, conv_bias, bn_weight, bn_bias = tensors
-        bias = None if conv_bias is None else conv_bias - conv_bias.detach()
+        conv = Conv2dParameters(weight, zero_with_gradient(conv_bias, True), stride)
         bn = BatchNorm2dParameters(None, None, bn_weight, bn_bias, True, eps=eps)
-        return reference.conv_bn_act(x, Conv2dParameters(weight, bias, stride), bn, activation="identity")
+        return reference.conv_bn_act(x, conv, bn, activation="identity")
 
     def forward(x: Tensor, affine: Any, *others: Any) -> Tensor:
         a = reference.normalized(x, affine, main.mean, "relu" if relu_x else "identity")

@@ -94,6 +94,15 @@ def scale_shift(raw: Raw) -> tuple[Tensor | None, Tensor | None]:
     return raw.affine[1], raw.affine[0] - raw.mean * raw.affine[1]
 
 
+def zero_with_gradient(conv_bias: Tensor | None, training: bool) -> Tensor | None:
+    """Zeros in place of a convolution's bias, whose gradient is the bias's: beside batch statistics zero, too."""
+    if conv_bias is None:
+        return None
+    if training:
+        return torch.where(torch.zeros_like(conv_bias, dtype=torch.bool), conv_bias, 0)
+    return conv_bias - conv_bias.detach()
+
+
 def conv_bias_gradient(
     conv_bias: Tensor | None, training: bool, grad_bias: Tensor, var: Tensor, bn_weight: Tensor | None, eps: float
 ) -> Tensor | None:

@@ -58,3 +58,35 @@ def test_biases_may_change_between_forward_and_backward(name, layout, training):
     for ours, wanted in zip(found, exact, strict=True):
         assert (ours is None and wanted is None) or torch.equal(ours, wanted)
     assert sum(grad.norm() > 0 for grad in found if grad is not None) > 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["conv_bn_act", "chain", "pool"])
+def test_gradients_of_gradients_reach_a_bias_beside_frozen_statistics(name, layout):
+    """The gradient of a normalisation's weight depends on the convolution's bias; against the reference in float64."""
+
+    def layer():
+        conv = Conv2dParameters(torch.randn(6, 6, 3, 3) / 7, torch.randn(6), padding=1)
+        return conv, batch_norm(6, training=False)
+
+    x, layers, results = image((2, 6, 5, 5), layout=layout), [layer(), layer()], []
+    for dtype, options in ((torch.float32, {}), (torch.float64, {"backend": "reference"})):
+        own = []
+        for conv, bn in layers:
+            leaves = [leaf(t, dtype) for t in (conv.weight, conv.bias, bn.weight, bn.bias)]
+            frozen = {k: getattr(bn, k).to(dtype) for k in ("running_mean", "running_var")}
+            own.append((conv._replace(weight=leaves[0], bias=leaves[1]),
+                        bn._replace(weight=leaves[2], bias=leaves[3], **frozen)))  # fmt: skip
+        given = leaf(x, dtype)
+        out = {
+            "conv_bn_act": lambda o=own, g=given, k=options: functional.conv_bn_act(g, *o[0], **k),
+            "chain": lambda o=own, g=given, k=options: functional.conv_bn_act_chain(g, o, g, **k),
+            "pool": lambda o=own, g=given, k=options: functional.conv_bn_relu_maxpool(g, *o[0], **k),
+        }[name]()
+        used = own if name == "chain" else own[:1]
+        parameters = [p for conv, bn in used for p in (conv.weight, conv.bias, bn.weight, bn.bias)]
+        grads = torch.autograd.grad(out.square().mean(), parameters, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), parameters))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+        assert exact.norm() > 1e-3
