@@ -1,4 +1,4 @@
-"""The derivative of the stem's tail: batch normalisation, ReLU and max-pooling as one autograd node.
+"""The derivatives of a stem: normalisation, ReLU and max-pooling as one autograd node, alone or with the convolution.
 
 The rules of :mod:`resfuse.autograd` hold here too.
 """
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _kept, _recorded
+from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _kept, _reached, _recorded
 from resfuse.autograd_norm import Normalized
-from resfuse.parameters import BatchNorm2dParameters, Moments, Window
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments, Window
+from resfuse.raw import Pairs, Statistics, conv_bias_gradient, count, geometry, zero_with_gradient
 
 
 def bn_relu_maxpool(
@@ -100,3 +101,99 @@ def _double_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
     grads = _differentiate(forward, [x, weight, bias, mean, var], grad_out)
     return (*grads[:3], *(grads[3:] if ctx.given else (None, None)), *[None] * 4)
+
+
+def conv_bn_relu_maxpool(
+    x: Tensor, conv: Conv2dParameters, bn: BatchNorm2dParameters, window: Window, backend: str
+) -> Tensor:
+    """ConvBNReLUMaxPoolFunction where a gradient is needed, else the operators alone."""
+    tensors = (x, conv.weight, conv.bias, bn.weight, bn.bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return ConvBNReLUMaxPoolFunction.apply(*tensors, bn, geometry(conv), window, backend)
+    y, own = _convolve(*tensors[:3], bn, geometry(conv), backend)
+    return ops.of(backend).scale_shift_relu_maxpool(y, own.scale, own.shift, *window)[0]
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, pairs: Pairs, backend: str
+) -> tuple[Tensor, Statistics]:
+    """conv(x) without its bias, and what normalises it; its shift is the one that acts on this output."""
+    y, mean, var = ops.of(backend).conv_stats(x, None, None, weight, False, *pairs, bn.training)
+    if bn.training:
+        own = Statistics.of_batch(mean, var, count(y), bn, conv_bias, backend)
+    else:
+        own = Statistics.of_running(bn, conv_bias, backend)
+    return y, own
+
+
+class ConvBNReLUMaxPoolFunction(torch.autograd.Function):
+    """out = maxpool(relu(BN(conv(x)))) in one node: conv_stats, finalize and scale_shift_relu_maxpool.
+
+    The convolution sums its own moments. Backward as BNReLUMaxPoolFunction, whose grad_x is the convolution's dY; it is
+    written over the convolution's output, which nobody else reads. Kept are x, that output and one byte for each value
+    of out.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        conv_bias: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        bn: BatchNorm2dParameters,
+        pairs: Pairs,
+        window: Window,
+        backend: str,
+    ) -> Tensor:
+        y, own = _convolve(x, weight, conv_bias, bn, pairs, backend)
+        out, indices = ops.of(backend).scale_shift_relu_maxpool(y, own.scale, own.shift, *window)
+        ctx.save_for_backward(x, weight, _kept(conv_bias), bn_weight, _kept(bn_bias), y, indices, *own)
+        ctx.options, ctx.window, ctx.backend = (bn.training, bn.eps, pairs), window, backend
+        ctx.conv_bias = _reached(conv_bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, conv_bias, bn_weight, bn_bias, y, indices, mean, var, scale, shift = ctx.saved_tensors
+        training, eps, pairs = ctx.options
+        if _recorded():
+            return (*_conv_double_backward(ctx, grad_out), *[None] * 4)
+        kernels, pooled = ops.of(ctx.backend), (_laid_out_beside(grad_out, y, indices), indices, y, scale, shift, mean)
+        sums = kernels.scale_shift_relu_maxpool_backward_reduce(*pooled, *ctx.window)
+        grad_mean, grad_var, grad_weight_bn = kernels.finalize_backward(sums[1], sums[0], var, bn_weight, eps)
+        through = (grad_mean, grad_var) if training else (None, None)
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_x = grad_weight = None
+        if need_x or need_weight:
+            if torch.compiler.is_compiling() or _graph_is_kept():
+                grad_y = kernels.scale_shift_relu_maxpool_backward_apply(*pooled, *through, *ctx.window)
+            else:
+                kernels.scale_shift_relu_maxpool_backward_apply_(*pooled, *through, *ctx.window)
+                grad_y = y
+            grad_x, grad_weight, _ = kernels.conv_stats_backward(
+                grad_y, *[None] * 5, False, x, None, None, weight, False, *pairs, None, need_x, need_weight
+            )
+        return (
+            grad_x if need_x else None,
+            grad_weight if need_weight else None,
+            conv_bias_gradient(conv_bias, training, sums[0], var, bn_weight, eps),
+            _cast(grad_weight_bn, bn_weight),
+            _cast(sums[0], bn_bias),
+            *[None] * 4,
+        )
+
+
+def _conv_double_backward(ctx: Any, grad_out: Tensor) -> list[Tensor | None]:
+    x, weight, _, bn_weight, bn_bias, _, _, mean, var, _, _ = ctx.saved_tensors
+    training, eps, pairs = ctx.options
+    frozen = (None, None) if training else (mean, var)
+
+    def forward(x: Tensor, weight: Tensor, conv_bias: Any, bn_weight: Any, bn_bias: Any) -> Tensor:
+        conv = Conv2dParameters(weight, zero_with_gradient(conv_bias, training), *pairs)
+        y = reference.conv_stats(x, conv)[0]
+        bn = BatchNorm2dParameters(frozen[0], frozen[1], bn_weight, bn_bias, training, eps=eps)
+        return reference.bn_relu_maxpool(y, bn, *ctx.window)
+
+    return _differentiate(forward, [x, weight, ctx.conv_bias, bn_weight, bn_bias], grad_out)

@@ -290,7 +290,7 @@ class FusedStem(FusedBlock):
 
     @classmethod
     def stretches_of(cls, block: Any) -> list[list[nn.Conv2d]]:
-        return []
+        return [[block.conv1]]
 
     def fused_stem(self, x: Tensor) -> Tensor:
         """relu(bn1(conv1(x)))."""

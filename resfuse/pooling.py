@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from resfuse import _checks, autograd_pool, raw_chain, reference
-from resfuse._calls import as_dense, autocasts, beside_statistics, bump_versions, convolve, serving_backend
+from resfuse._calls import as_dense, autocasts, bump_versions, convolve, serving_backend
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments, Size, Window
 
 
@@ -93,7 +93,6 @@ def conv_bn_relu_maxpool(
     window = _checks.check_window(kernel_size, stride, padding)
     _checks.check_window_fits(window, shape)
     _checks.check_batch_norm(bn, shape, x.device)
-    if bn.training and raw_chain.why_not(x, [conv], backend) is None:
-        y, moments = raw_chain.conv_stats(x, beside_statistics(conv, bn), None, backend)  # keeps y for its own backward
-        return _bn_relu_maxpool(y, bn, window, backend, moments, owned=False)
+    if raw_chain.why_not(x, [conv], backend) is None:
+        return raw_chain.conv_bn_relu_maxpool(x, (conv, bn), window, backend)
     return _bn_relu_maxpool(convolve(x, conv, bn), bn, window, backend, None, owned=True)

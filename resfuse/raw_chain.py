@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse import backends
+from resfuse import autograd_pool, backends
 from resfuse._calls import bump_versions, convolved_dtype, serving_backend
 from resfuse.autograd import MomentsFunction
 from resfuse.autograd_conv import conv_norm, conv_norm_act
 from resfuse.autograd_folding import expand_norm_act
 from resfuse.autograd_preact import conv_add, norm
-from resfuse.backends import convolving, why_not_raw
+from resfuse.backends import convolving, joins_row_taps, why_not_raw
 from resfuse.choices import Conv, any_fused
-from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
+from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments, Window
 from resfuse.raw import Raw, as_pair, geometry
 from resfuse.reference import PreactLayer
 
@@ -33,11 +33,16 @@ def _group_channels(conv: Conv2dParameters) -> tuple[int, int]:
     return conv.weight.shape[0] // conv.groups, conv.weight.shape[1]
 
 
+def _joins_row_taps(conv: Conv2dParameters, dtype: torch.dtype) -> bool:
+    return conv.groups == 1 and joins_row_taps(tuple(conv.weight.shape), as_pair(conv.dilation)[1], dtype)
+
+
 def why_not_convs(
     convs: Sequence[Conv2dParameters], device: str, dtype: torch.dtype, backend: str | None = None
 ) -> str | None:
     """Why these convolutions of activations of `dtype` are left to torch; None where our kernels can serve them."""
-    fewest = min(size * conv.groups for conv in convs for size in _group_channels(conv))
+    sizes = [size * conv.groups for conv in convs if not _joins_row_taps(conv, dtype) for size in _group_channels(conv)]
+    fewest = min(sizes) if sizes else None
     grouped = [size for conv in convs if conv.groups > 1 for size in _group_channels(conv)]
     if (reason := why_not_raw(device, dtype, fewest, min(grouped) if grouped else None, backend)) is not None:
         return reason
@@ -182,6 +187,15 @@ def _step(
     if bn.training or torch.is_grad_enabled():
         return conv_norm(x, conv, bn, relu, backend, through=through)
     return Raw(conv_norm_act(x, conv, bn, None, relu, relu, backend)), x.x
+
+
+def conv_bn_relu_maxpool(x: Tensor, layer: Layer, window: Window, backend: str | None) -> Tensor:
+    """maxpool(relu(BN(conv(x))))."""
+    x = _as_input(x)
+    with torch.autocast(x.device.type, enabled=False):
+        out = autograd_pool.conv_bn_relu_maxpool(x, *layer, window, convolving(x.device.type, backend))
+    bump_versions(layer[1])
+    return out
 
 
 def conv_stats(

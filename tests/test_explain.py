@@ -198,16 +198,21 @@ def test_explain_says_what_of_a_unit_folds(unit):
 @pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")
 def test_explain_counts_the_stretches_of_a_long_block(monkeypatch):
     monkeypatch.setattr(backends, "_TILE_CHANNELS", dict.fromkeys(ops.tile_dtypes, 64))
-    model = resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1)))
-    for training, count in ((True, 7), (False, 2)):  # what ends in a pool is a stretch of its own, in training
+    model = resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1), (48, 64, 64, 64, 64)))
+    for training in (True, False):  # what ends in a pool is a stretch of its own
         (block,) = resfuse.explain(model.train(training)).blocks
-        assert block.convolutions.startswith(f"tiles; torch in 1 of {count} stretches: ")
+        assert block.convolutions.startswith("tiles; torch in 3 of 7 stretches: ")
         assert "below 64" in block.convolutions
+    (block,) = resfuse.explain(resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1)))).blocks
+    assert block.convolutions == "tiles"  # the first convolution reads the taps of a row as one pixel
     (block,) = resfuse.explain(resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1), (8, 8, 8, 8, 8)))).blocks
     assert block.convolutions.startswith("torch: ")
-    assert not {b.convolutions for b in resfuse.explain(resfuse.fuse(models.CifarResNet(8))).blocks if not b.name} - {
-        ""
-    }
+    for model, expected in (
+        (models.CifarResNet(8), "torch: torch is faster below 64 channels"),
+        (models.resnet18(), "tiles"),
+    ):
+        stem = next(block for block in resfuse.explain(resfuse.fuse(model)).blocks if not block.name)
+        assert stem.convolutions.startswith(expected)
 
 
 @pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels (AVX-512 or AVX2)")

@@ -4,16 +4,17 @@
 // written once, and nothing else passes through memory.
 #include "tiles/convolution.h"
 #include "tiles/epilogue.h"
+#include "tiles/row_taps.h"
 
 namespace resfuse::cpu::RESFUSE_ISA {
 
 #if RESFUSE_HAS_TILES
 RESFUSE_TILES_BEGIN
 
-template <class T, class W>
-void conv_stats_tiles(const ConvShape& shape, const Activation<T>& source, const W* weight, const WeightLayout& layout,
-                      T* y, float* mean, float* var) {
-  const Convolution<T, W> product(shape, false);
+template <class T, class W, class S>
+void conv_stats_tiles(const ConvShape& shape, const S& source, const W* weight, const WeightLayout& layout, T* y,
+                      float* mean, float* var, int64_t pixels = kTilePixels) {
+  const Convolution<T, W> product(shape, false, pixels);
   OutputMoments moments(product.plan(), product.slabs(), mean != nullptr);
   product.run(source, weight, layout, WithMoments<T>{y, shape.out_channels, moments});
   moments.write(mean, var);
@@ -35,10 +36,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const OptionalTen
 #if RESFUSE_HAS_TILES
   with_tile_types(x, weight, [&](auto tag, auto weight_tag) {
     using T = decltype(tag);
+    using W = decltype(weight_tag);
+    float *to_mean = moments ? output_pointer<float>(y_mean) : nullptr,
+          *to_var = moments ? output_pointer<float>(y_var) : nullptr;
+    if (prologue.scale == nullptr && joins_row_taps(shape)) {
+      RowTapsWeight<W> rows(shape);
+      rows.read(input_pointer<W>(weight), weight_layout(weight));
+      return conv_stats_tiles<T>(row_taps_shape(shape), RowTaps<T>::of(input_pointer<T>(x), shape), rows.get(),
+                                 rows.layout(), output_pointer<T>(y), to_mean, to_var, kRowTapsPixels);
+    }
     const Activation<T> source{input_pointer<T>(x), shape.in_channels, prologue.scale, prologue.shift, relu};
-    conv_stats_tiles<T>(shape, source, input_pointer<decltype(weight_tag)>(weight), weight_layout(weight),
-                        output_pointer<T>(y), moments ? output_pointer<float>(y_mean) : nullptr,
-                        moments ? output_pointer<float>(y_var) : nullptr);
+    conv_stats_tiles<T>(shape, source, input_pointer<W>(weight), weight_layout(weight), output_pointer<T>(y), to_mean,
+                        to_var);
   });
 #endif
   return {y, y_mean, y_var};

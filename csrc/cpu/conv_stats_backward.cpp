@@ -5,6 +5,7 @@
 //   da = dgrad(dY, weight);  dz = da where act was active;  grad_x = dz*scale + other
 //   sums: dz and dz*(x - mean), the gradients of bias and scale
 #include "tiles/convolution.h"
+#include "tiles/row_taps.h"
 #include "tiles/winograd_gradient.h"
 
 namespace resfuse::cpu::RESFUSE_ISA {
@@ -96,8 +97,14 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const O
     const OutputGradient<T> grad{
         input_pointer<T>(grad_y),        input_pointer<T>(y), shape.out_channels, reader.scale,
         y_relu ? reader.shift : nullptr, reader.mean,         reader.constant,    reader.slope};
-    if (need_weight)
+    if (need_weight && !through && joins_row_taps(shape)) {
+      RowTapsWeight<W> rows(shape);
+      const auto pixels = RowTaps<T>::of(input_pointer<T>(x), shape);
+      weight_gradient_tiles<T>(row_taps_shape(shape), grad, pixels, rows.layout(), rows.get());
+      rows.write(output_pointer<W>(grad_weight), weight_layout(grad_weight));
+    } else if (need_weight) {
       gradient_of_weight<T>(shape, grad, source, weight_layout(grad_weight), output_pointer<W>(grad_weight));
+    }
     if (!need_x) return;
     const InputGradient<T> epilogue{output_pointer<T>(grad_x),
                                     shape.in_channels,

@@ -28,10 +28,11 @@ def served_by_tiles(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
         dtype (torch.dtype): of the activations, as autocast has it.
 
     Returns:
-        tuple[str, ...]: prefixes of qualified names, each ending in a dot.
+        tuple[str, ...]: prefixes of qualified names; of a network that is a block itself, its stem's.
     """
     blocks = explain(copy.deepcopy(model).to(dtype)).blocks
-    return tuple(f"{block.name}." for block in blocks if block.convolutions.startswith("tiles"))
+    tiled = [block.name for block in blocks if block.convolutions.startswith("tiles")]
+    return tuple(f"{name}." if name else "conv1" for name in tiled)
 
 
 def bare_convolutions(shapes: Iterable[ConvShape], tiled: tuple[str, ...], dtype: torch.dtype) -> list[BareConv]:

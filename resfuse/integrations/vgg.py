@@ -58,8 +58,7 @@ class FusedVGGFeatures(nn.FusedBlock, VGGFeatures):
     @classmethod
     def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
         convs = [[block._modules[conv] for conv, *_ in layers] for layers, _ in stages_of(block)]
-        # in eval torch computes the one that ends in the pool: see functional.conv_bn_relu_maxpool
-        return [part for stage in convs for part in (stage[:-1], stage[-1:] if block.training else [])]
+        return [part for stage in convs for part in (stage[:-1], stage[-1:])]  # the last one ends in the pool
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.why_stock(x) is not None else run_stages(self, x, self._resfuse_backend)

@@ -15,11 +15,12 @@ namespace resfuse::cpu::RESFUSE_ISA {
 template <class T, class W>
 class Convolution {
  public:
-  Convolution(const ConvShape& shape, bool backward) : shape_(shape), backward_(backward) {
+  Convolution(const ConvShape& shape, bool backward, int64_t pixels = kTilePixels)
+      : shape_(shape), backward_(backward) {
     if (winograd_pays<T, W>(shape)) {
       blocks_.emplace(shape, backward, pixel_units<T>(backward ? shape.out_channels : shape.in_channels));
     } else {
-      taps_.emplace(shape, backward, sizeof(operand_t<T>), kTilePixels, kPatchBytes);
+      taps_.emplace(shape, backward, sizeof(operand_t<T>), pixels, kPatchBytes);
     }
   }
   const Plan& plan() const { return blocks_ ? *blocks_ : *taps_; }

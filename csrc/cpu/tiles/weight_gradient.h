@@ -352,9 +352,9 @@ void write_weight_gradient(const ConvShape& shape, const WeightSums& sums, const
   });
 }
 
-template <class T, class W, class G>
-void weight_gradient_tiles(const ConvShape& shape, const G& grad, const Activation<T>& source,
-                           const WeightLayout& layout, W* grad_weight, float* column_sums = nullptr) {
+template <class T, class W, class G, class A>
+void weight_gradient_tiles(const ConvShape& shape, const G& grad, const A& source, const WeightLayout& layout,
+                           W* grad_weight, float* column_sums = nullptr) {
   const Plan plan(shape, false, sizeof(operand_t<T>), kWeightPixels, kWeightPatchBytes);
   const WeightSums sums(plan, shape.taps(), column_sums != nullptr);
   float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
