@@ -16,7 +16,7 @@ from resfuse import ops, reference
 from resfuse.autograd import _beside, _cast, _differentiate, _kept, _laid_out_as, _masked, _recorded, _through_moments
 from resfuse.ownership import owns
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
-from resfuse.raw import Pairs, Raw, Statistics, count, scale_shift, zero_with_gradient, zeros_or
+from resfuse.raw import Pairs, Raw, Statistics, count, scale_shift, zero_with_gradient
 
 _UNIT: Pairs = ([1, 1], [0, 0], [1, 1], 1)
 _NONE: tuple[None, ...] = (None,) * 9
@@ -24,14 +24,6 @@ _NONE: tuple[None, ...] = (None,) * 9
 
 def _as_image(matrix: Tensor) -> Tensor:
     return matrix[:, :, None, None]
-
-
-def _product(a: Tensor, b: Tensor, backend: str) -> Tensor:
-    """a b^T of float32 matrices by the kernel that convolves."""
-    shift = a.new_zeros(b.shape[0])
-    options = (*_NONE[:5], [1, 1], False, *_UNIT, False)
-    inputs = (_as_image(a), None, None, False, _as_image(b), None, shift)
-    return ops.of(backend).conv_act(*inputs, *options)[0].flatten(1)
 
 
 def _gram(grad: Tensor, a: Tensor, stride: list[int], backend: str) -> Tensor:
@@ -61,13 +53,17 @@ class Branch(NamedTuple):
     a_mean: Tensor
     covariance: Tensor  # (C, C)
 
-    def matrix(self) -> Tensor:
-        """W, (K, C), float32."""
-        return self.weight.flatten(1).float().contiguous()
 
-    def folded(self) -> Tensor:
-        """W' = scale*W, (K, C), rounded to the activation's dtype."""
-        return (self.matrix() * self.scale[:, None]).to(self.x.dtype)
+def _matrix(weight: Tensor) -> Tensor:
+    """W, (K, C), float32."""
+    return weight.flatten(1).float().contiguous()
+
+
+def _as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """A matrix as a gradient of the weight, with its dtype and strides."""
+    if matrix.dtype == weight.dtype and matrix.stride() == weight.stride()[:2]:
+        return matrix.as_strided(weight.shape, weight.stride())
+    return torch.empty_like(weight).copy_(_as_image(matrix))
 
 
 _NO_BRANCH: tuple[None, ...] = (None,) * len(Branch._fields)
@@ -89,13 +85,13 @@ def fold(
         output is exact whatever the mean of a.
     """
     a_mean, covariance = ops.of(backend).second_moments(x.x, x.affine, x.mean, relu, stride)
-    matrix = weight.flatten(1).float().contiguous()
-    var = (_product(matrix, covariance, backend) * matrix).sum(1).clamp_min_(0)  # a sum of rounded terms may fall below
-    pixels = _pixels_read(x.x, stride)
-    statistics = Statistics.of_batch((matrix * a_mean).sum(1), var, pixels, bn, conv_bias, backend)
+    matrix, kernels = _matrix(weight), ops.of(backend)
+    mean, var = kernels.folded_moments(matrix, a_mean, covariance)
+    statistics = Statistics.of_batch(mean, var, _pixels_read(x.x, stride), bn, conv_bias, backend)
+    bias = None if bn.bias is None else bn.bias.to(matrix.dtype)
+    folded, shift = kernels.folded_weight(matrix, statistics.scale, bias, a_mean, x.x)
     branch = Branch(*x, weight, _kept(conv_bias), bn.weight, _kept(bn.bias), var, statistics.scale, a_mean, covariance)
-    folded = branch.folded()
-    return branch, folded, zeros_or(bn.bias, statistics.scale) - (folded.float() * a_mean).sum(1)
+    return branch, folded, shift
 
 
 def _pixels_read(x: Tensor, stride: list[int]) -> int:
@@ -125,28 +121,19 @@ def _branch_gradients(
     need_weight: bool,
     backend: str,
 ) -> BranchGradients:
-    pixels = count(dz)
-    matrix = branch.matrix()
-    invstd = torch.rsqrt(branch.var + eps)
-    centered = gram - torch.outer(grad_bias, branch.a_mean)
-    grad_bn_weight = invstd * (centered * matrix).sum(1)
-    slope = branch.scale * invstd * grad_bn_weight
-    grad_x = sums = grad_weight = None
-    if need_weight:
-        product = _product(matrix, branch.covariance, backend)
-        grad_weight = centered * branch.scale[:, None] - product * slope[:, None]
-        grad_weight = torch.empty_like(branch.weight).copy_(grad_weight[:, :, None, None])
+    kernels = ops.of(backend)
+    grad_bn_weight, grad_matrix, folded, correction, row = kernels.folded_weight_backward(
+        gram, grad_bias, _matrix(branch.weight), branch.a_mean, branch.covariance, branch.var, branch.scale, count(dz),
+        eps, branch.x, need_x, need_weight,
+    )  # fmt: skip
+    grad_x = sums = None
     if need_x:
-        correction = _gram(_as_image(matrix * (slope / -pixels)[:, None]), _as_image(matrix), [1, 1], backend)  # -Q
-        correction = correction.to(branch.x.dtype).float()  # as kernels multiply it, so that row cancels its mean
-        folded = branch.folded()
-        row = (folded.float() * (grad_bias / -pixels)[:, None]).sum(0) - (correction * branch.a_mean[:, None]).sum(0)
         source = (branch.x, branch.affine, branch.mean)
-        grad_x, sums = ops.of(backend).expand_bn_act_backward_input(dz, *source, relu, folded, correction, row, stride)
+        grad_x, sums = kernels.expand_bn_act_backward_input(dz, *source, relu, folded, correction, row, stride)
     return BranchGradients(
         grad_x,
         sums if branch.affine is not None else None,
-        grad_weight,
+        _as_weight(grad_matrix, branch.weight) if need_weight else None,
         None if branch.conv_bias is None else torch.zeros_like(branch.conv_bias),
         _cast(grad_bn_weight, branch.bn_weight),
         _cast(grad_bias.clone(), branch.bn_bias),  # two parameters share no memory

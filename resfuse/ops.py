@@ -81,6 +81,12 @@ SCHEMAS = (
     "bool relu) -> (Tensor product, Tensor sums)",
     "expand_bn_act_backward_input(Tensor dz, Tensor x, Tensor? affine, Tensor? mean, bool relu, Tensor weight, "
     "Tensor correction, Tensor row, int[2] stride) -> (Tensor grad_x, Tensor sums)",
+    "folded_moments(Tensor weight, Tensor a_mean, Tensor covariance) -> (Tensor mean, Tensor var)",
+    "folded_weight(Tensor weight, Tensor scale, Tensor? bias, Tensor a_mean, Tensor like) "
+    "-> (Tensor folded, Tensor shift)",
+    "folded_weight_backward(Tensor gram, Tensor grad_bias, Tensor weight, Tensor a_mean, Tensor covariance, "
+    "Tensor var, Tensor scale, SymInt pixels, float eps, Tensor like, bool need_x, bool need_weight) "
+    "-> (Tensor grad_weight_bn, Tensor grad_weight, Tensor folded, Tensor correction, Tensor row)",
     "pack_weight(Tensor weight, int groups) -> Tensor",
     "run_plan(Tensor[] inputs, Tensor[] constants, int[] program, int[] sizes) -> Tensor[]",
 )
@@ -186,6 +192,19 @@ def _fake_expand_weight(grad_out: Tensor, out: Any, x: Tensor, *_: Any) -> tuple
     return torch.empty_like(grad_out), _vector(x, grad_out.shape[1], x.shape[1]), _channels(grad_out)
 
 
+def _fake_folded_weight_backward(
+    gram: Tensor, grad_bias: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (rows, columns), (like, need_x, need_weight) = weight.shape, rest[-3:]
+    return (
+        weight.new_empty(rows),
+        weight.new_empty(rows if need_weight else 0, columns),
+        like.new_empty(rows if need_x else 0, columns),
+        weight.new_empty(columns if need_x else 0, columns),
+        weight.new_empty(columns if need_x else 0),
+    )
+
+
 def _fake_pack_weight(weight: Tensor, groups: int) -> Tensor:
     """Strips of two vectors, or of one where that makes the window of channels that a strip's groups read shorter."""
     lanes, depth, *kernel = weight.shape
@@ -233,6 +252,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
         torch.empty_like(x),
         _vector(x, 0) if affine is None else _vector(x, 2, x.shape[1]),
     ),
+    "folded_moments": lambda weight, *_: (weight.new_empty(weight.shape[0]), weight.new_empty(weight.shape[0])),
+    "folded_weight": lambda weight, scale, bias, a_mean, like: (
+        like.new_empty(weight.shape),
+        weight.new_empty(weight.shape[0]),
+    ),
+    "folded_weight_backward": _fake_folded_weight_backward,
     "pack_weight": _fake_pack_weight,
     "run_plan": _fake_run_plan,
 }
@@ -353,3 +378,6 @@ run_plan = _ops.run_plan.default
 expand_bn_act_backward_weight = _ops.expand_bn_act_backward_weight.default
 expand_bn_act_backward_weight_ = _ops.expand_bn_act_backward_weight_.default
 expand_bn_act_backward_input = _ops.expand_bn_act_backward_input.default
+folded_moments = _ops.folded_moments.default
+folded_weight = _ops.folded_weight.default
+folded_weight_backward = _ops.folded_weight_backward.default

@@ -16,8 +16,8 @@ SHAPE = (2, 5, 3, 4)
 # test_tile_engine have their cases
 TILE_OPS = {
     "tile_kernels", "conv_stats", "conv_stats_backward", "conv_stats_backward_", "conv_act", "second_moments",
-    "expand_bn_act_backward_weight", "expand_bn_act_backward_weight_", "expand_bn_act_backward_input", "pack_weight",
-    "run_plan",
+    "expand_bn_act_backward_weight", "expand_bn_act_backward_weight_", "expand_bn_act_backward_input",
+    "folded_moments", "folded_weight", "folded_weight_backward", "pack_weight", "run_plan",
 }  # fmt: skip
 NAMES = [name for schema in ops.SCHEMAS if (name := schema.split("(")[0]) not in TILE_OPS]
 

@@ -272,6 +272,12 @@ CASES = {
         torch.randn(3, 5, 7, 9).to(memory_format=LAST), x, a, m, True, torch.randn(5, 3), torch.randn(3, 3),
         torch.randn(3), [1, 1],
     ),
+    "folded_moments": lambda x, a, m, w, p: (torch.randn(5, 3), torch.randn(3), torch.rand(3, 3)),
+    "folded_weight": lambda x, a, m, w, p: (torch.randn(5, 3), torch.rand(5), torch.randn(5), torch.randn(3), x),
+    "folded_weight_backward": lambda x, a, m, w, p: (
+        torch.randn(5, 3), torch.randn(5), torch.randn(5, 3), torch.randn(3), torch.rand(3, 3), torch.rand(5),
+        torch.rand(5), 77, 1e-5, x, True, True,
+    ),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@
 #include "conv_stats.cpp"
 #include "conv_stats_backward.cpp"
 #include "expand_bn_act_backward.cpp"
+#include "folded_weight.cpp"
 #include "pack_weight.cpp"
 #include "run_plan.cpp"
 #include "second_moments.cpp"

@@ -5,7 +5,7 @@
 // sum in float would lose (mean/std)^2 digits. Only blocks on and above the diagonal are computed.
 #include <cmath>
 
-#include "tiles/weight_gradient.h"
+#include "tiles/symmetric.h"
 
 namespace resfuse::cpu::RESFUSE_ISA {
 
@@ -54,34 +54,20 @@ void find_pivot(const ConvShape& shape, const Activation<T>& source, int64_t pix
 template <class T>
 void second_moments_tiles(const ConvShape& shape, const Activation<T>& source, float* pivot, float* mean,
                           float* covariance) {
-  const Plan plan(shape, false, sizeof(operand_t<T>), kWeightPixels, kWeightPatchBytes);
-  const WeightSums sums(plan, 1, true, true);
-  const int64_t channels = shape.in_channels, pixels = plan.images * plan.height.out * plan.width.out;
-  float* totals = workspace<float>(Slot::kSums, sums.slabs * sums.size());
-  SlabSums columns(sums.slabs, channels, 1);
+  const int64_t channels = shape.in_channels, pixels = shape.images * shape.height.out * shape.width.out;
+  const auto count = static_cast<double>(pixels);
   find_pivot(shape, source, pixels, pivot);
   const ShiftedActivation<T> shifted{source, pivot};
-  sum_weight_gradient<T>(plan, shifted, shifted, 1, sums, totals, &columns);
-
-  std::vector<double> offset(static_cast<size_t>(channels));
-  const auto count = static_cast<double>(pixels);
-  for (int64_t c = 0; c < channels; ++c) {
-    double sum = 0;
-    for (int64_t slab = 0; slab < sums.slabs; ++slab) sum += columns.at(slab, 0)[c];
-    offset[static_cast<size_t>(c)] = sum / count;
-    mean[c] = static_cast<float>(pivot[c] + sum / count);
-  }
-  std::vector<double> products(static_cast<size_t>(sums.size()));
-  for (int64_t slab = 0; slab < sums.slabs; ++slab)
-    for (int64_t i = 0; i < sums.size(); ++i) products[static_cast<size_t>(i)] += totals[slab * sums.size() + i];
-  for (int64_t row = 0; row < channels; ++row) {
-    for (int64_t c = row; c < channels; ++c) {
-      const int64_t at = sums.at(0, c / kPanel, row / kWeightChannels) + row % kWeightChannels * kPanel + c % kPanel;
-      const double value =
-          products[static_cast<size_t>(at)] / count - offset[static_cast<size_t>(row)] * offset[static_cast<size_t>(c)];
-      covariance[row * channels + c] = covariance[c * channels + row] = static_cast<float>(value);
-    }
-  }
+  std::vector<double> offset;  // of the mean from the pivot, times count
+  symmetric_product<T>(
+      shape, shifted, shifted,
+      [&](int64_t row, int64_t c, double sum) {
+        const double product = offset[static_cast<size_t>(row)] / count * (offset[static_cast<size_t>(c)] / count);
+        covariance[row * channels + c] = covariance[c * channels + row] = static_cast<float>(sum / count - product);
+      },
+      &offset);
+  for (int64_t c = 0; c < channels; ++c)
+    mean[c] = static_cast<float>(pivot[c] + offset[static_cast<size_t>(c)] / count);
 }
 
 RESFUSE_TILES_END

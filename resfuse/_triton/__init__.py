@@ -12,6 +12,7 @@ from resfuse._triton.add_relu import add_relu, add_relu_backward
 from resfuse._triton.candidates import conv_act, conv_stats, conv_stats_backward, conv_stats_backward_
 from resfuse._triton.expand_bn_act_backward import expand_bn_act_backward_input, expand_bn_act_backward_weight
 from resfuse._triton.finalize import finalize, finalize_backward
+from resfuse._triton.folded_weight import folded_moments, folded_weight, folded_weight_backward
 from resfuse._triton.moments import moments, moments_backward
 from resfuse._triton.pool import scale_shift_relu_maxpool
 from resfuse._triton.scale_shift_act import scale_shift_act, scale_shift_act_, scale_shift_act_moments
@@ -52,5 +53,8 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
         second_moments,
         expand_bn_act_backward_weight,
         expand_bn_act_backward_input,
+        folded_moments,
+        folded_weight,
+        folded_weight_backward,
     )
 }
