@@ -42,6 +42,7 @@ from resfuse.raw import (
 def _convolve(
     x: Raw, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, pairs: Pairs, relu: bool, backend: str
 ) -> tuple[Tensor, Statistics]:
+    """conv(act(x)) without its bias, and what normalises it."""
     y, mean, var = ops.of(backend).conv_stats(x.x, x.affine, x.mean, weight, relu, *pairs, bn.training)
     if bn.training:
         return y, Statistics.of_batch(mean, var, count(y), bn, conv_bias, backend)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from resfuse import ops, reference
 from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _kept, _reached, _recorded
+from resfuse.autograd_conv import _convolve
 from resfuse.autograd_norm import Normalized
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments, Window
-from resfuse.raw import Pairs, Statistics, conv_bias_gradient, count, geometry, zero_with_gradient
+from resfuse.raw import Pairs, Raw, conv_bias_gradient, geometry, zero_with_gradient
 
 
 def bn_relu_maxpool(
@@ -110,20 +111,8 @@ def conv_bn_relu_maxpool(
     tensors = (x, conv.weight, conv.bias, bn.weight, bn.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return ConvBNReLUMaxPoolFunction.apply(*tensors, bn, geometry(conv), window, backend)
-    y, own = _convolve(*tensors[:3], bn, geometry(conv), backend)
+    y, own = _convolve(Raw(x), conv.weight, conv.bias, bn, geometry(conv), False, backend)
     return ops.of(backend).scale_shift_relu_maxpool(y, own.scale, own.shift, *window)[0]
-
-
-def _convolve(
-    x: Tensor, weight: Tensor, conv_bias: Tensor | None, bn: BatchNorm2dParameters, pairs: Pairs, backend: str
-) -> tuple[Tensor, Statistics]:
-    """conv(x) without its bias, and what normalises it; its shift is the one that acts on this output."""
-    y, mean, var = ops.of(backend).conv_stats(x, None, None, weight, False, *pairs, bn.training)
-    if bn.training:
-        own = Statistics.of_batch(mean, var, count(y), bn, conv_bias, backend)
-    else:
-        own = Statistics.of_running(bn, conv_bias, backend)
-    return y, own
 
 
 class ConvBNReLUMaxPoolFunction(torch.autograd.Function):
@@ -147,7 +136,7 @@ class ConvBNReLUMaxPoolFunction(torch.autograd.Function):
         window: Window,
         backend: str,
     ) -> Tensor:
-        y, own = _convolve(x, weight, conv_bias, bn, pairs, backend)
+        y, own = _convolve(Raw(x), weight, conv_bias, bn, pairs, False, backend)
         out, indices = ops.of(backend).scale_shift_relu_maxpool(y, own.scale, own.shift, *window)
         ctx.save_for_backward(x, weight, _kept(conv_bias), bn_weight, _kept(bn_bias), y, indices, *own)
         ctx.options, ctx.window, ctx.backend = (bn.training, bn.eps, pairs), window, backend
