@@ -18,6 +18,7 @@ except ImportError:
 
 pytestmark = pytest.mark.skipif(ops.missing_native["cpu"] is not None, reason=str(ops.missing_native["cpu"]))
 
+# around torch's convolution, and with ours
 NODES = ("BNReLUMaxPoolFunctionBackward", "ConvBNReLUMaxPoolFunctionBackward")
 
 
@@ -76,7 +77,7 @@ def test_a_fused_stem_equals_stock(build, layout, training):
     stock = network(build).train(training)
     fused, exact = resfuse.fuse(copy.deepcopy(stock), strict=True), copy.deepcopy(stock).double()
     x = image((2, 3, 33, 32), torch.float32, layout, mean=0)
-    assert stem(fused, x).grad_fn.name() in NODES
+    assert stem(fused, x).grad_fn.name() == NODES[bool(ops.tile_dtypes) and layout == "channels_last"]
     fused.bn1.load_state_dict(stock.bn1.state_dict())
     results = [stem_step(model, x.to(model.fc.weight.dtype)) for model in (fused, stock, exact)]
     assert_all_as_exact(*results, margin=10)
