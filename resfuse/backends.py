@@ -25,9 +25,9 @@ _TILE_CHANNELS = (
 # The same for the channels of one group, by measurement: sixteen lanes read the channels of all groups that they belong
 # to, so of a depthwise convolution's multiply-adds fifteen in sixteen meet zeros.
 _TILE_GROUP_CHANNELS = {torch.float32: 2, torch.bfloat16: 2}
-# A convolution of an image's few channels reads the taps of a kernel's row as one pixel, and wins from so many output
-# channels on: measured with AVX2, where a ResNet's stem takes 0.65 of torch's time with its moments, and taken over for
-# AVX-512, but not for products of bfloat16, where torch's are twice as fast as of float32.
+# A convolution of an image's few channels reads the taps of a kernel's row as one pixel (row_taps.h, whose limit the
+# first is), and wins from so many output channels on: measured with AVX2 (docs/performance-log.md, entry 23), and taken
+# over for AVX-512, but not for products of bfloat16, where torch's are twice as fast as of float32.
 _ROW_TAPS_CHANNELS, _ROW_TAPS_OUTPUTS = 8, 64
 # What Triton's products are made for: tensor cores, and float32.
 _TRITON_PRODUCTS = (torch.float16, torch.bfloat16, torch.float32)

@@ -20,7 +20,7 @@ RESFUSE_TILES_BEGIN
 
 constexpr int64_t kMatrixRows = 32;  // rows of a matrix that a task takes
 
-// f(row, c, mask) for every vector of rows [begin, end).
+// f(c, mask) for every vector of a row.
 template <class F>
 RESFUSE_LANES void for_row_lanes(int64_t columns, const F& f) {
   for (int64_t c = 0; c < columns; c += kLanes) f(c, lane_mask(c, columns));
@@ -39,7 +39,7 @@ inline ConvShape matrix_shape(int64_t rows, int64_t columns) {
   return {1, columns, columns, {1, 1, 1, 1, 0, 1}, {rows, rows, 1, 1, 0, 1}};
 }
 
-// The product's own part of an epilogue: there is nothing else in memory.
+// An epilogue that asks for no memory ahead: matrices are small, and lie in cache.
 struct MatrixEpilogue {
   void prefetch(int64_t, int64_t, int64_t, int64_t) const {}
   void touches(int64_t, int64_t, Prefetcher&) const {}

@@ -13,7 +13,7 @@ RESFUSE_TILES_BEGIN
 
 namespace resfuse::cpu::RESFUSE_ISA {
 
-constexpr int64_t kFewChannels = 8;
+constexpr int64_t kFewChannels = 8;      // fewer than these; backends.py serves such a convolution
 constexpr int64_t kRowTapsPixels = 448;  // of a tile: taller ones fill fewer rows twice
 
 // Whether a convolution is computed this way.

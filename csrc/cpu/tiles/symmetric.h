@@ -23,8 +23,8 @@ inline void merge_slabs(const WeightSums& sums, float* totals) {
   });
 }
 
-// f(row, c, sum) for c >= row, of the pixels that a 1x1 convolution of this shape reads; rows in parallel. `columns`,
-// if any, receives the sums of p's channels: one slab of it for each of the product's.
+// f(row, c, sum) for c >= row, of the pixels that a 1x1 convolution of this shape reads; rows in parallel.
+// `column_sums`, if any, receives the sums of p's channels before f is called.
 template <class T, class P, class Q, class F>
 void symmetric_product(const ConvShape& shape, const P& p, const Q& q, const F& f,
                        std::vector<double>* column_sums = nullptr) {
