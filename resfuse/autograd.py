@@ -18,9 +18,12 @@ from torch import Tensor
 from resfuse import ops, reference
 
 
-def _recorded() -> bool:
-    """Whether the running backward is itself being differentiated."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _recorded(*grads: Tensor | None) -> bool:
+    """Whether the running backward is itself being differentiated, or given batches of gradients (is_grads_batched):
+    torch has to see every operation of either."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or any(g is not None and _is_batched(g) for g in grads)
 
 
 def _differentiate(
@@ -43,10 +46,9 @@ def _differentiate(
     return [next(found) if i is not None and i.requires_grad else None for i in inputs]
 
 
-def _graph_is_kept() -> bool:
-    """Whether the running backward keeps what was saved (retain_graph=True); True where torch does not say."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is None or keeps()
+def _is_batched(grad: Tensor) -> bool:
+    """Whether this is a batch of gradients, as torch.autograd.grad(..., is_grads_batched=True) hands it on."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _laid_out_as(grad: Tensor, x: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def _through_moments(
         return grad_out
     assert out is not None and out_mean is not None
     grad_mean, grad_var = (torch.zeros_like(out_mean) if g is None else g.contiguous() for g in (grad_mean, grad_var))
-    if _recorded():
+    if _recorded(grad_out, grad_mean, grad_var):
         through = _differentiate(reference.moments, [out], (grad_mean, grad_var))[0]
         assert through is not None
         return through if grad_out is None else grad_out + through
@@ -127,7 +129,7 @@ class AddReLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         (out,) = ctx.saved_tensors
-        if _recorded():
+        if _recorded(grad_out):
             grad = _masked(grad_out, out)
         else:
             grad = ops.of(ctx.backend).add_relu_backward(_laid_out_as(grad_out, out), out)
@@ -147,7 +149,7 @@ class MomentsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, None]:
         x, mean = ctx.saved_tensors
-        if _recorded():
+        if _recorded(grad_mean, grad_var):
             return _differentiate(reference.moments, [x], (grad_mean, grad_var))[0], None
         return ops.of(ctx.backend).moments_backward(grad_mean.contiguous(), grad_var.contiguous(), x, mean), None
 
@@ -184,7 +186,7 @@ class FinalizeFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor) -> tuple[Tensor | None, ...]:
         mean, var, weight, bias = ctx.saved_tensors
-        if _recorded():
+        if _recorded(grad_scale, grad_shift):
             grads = _differentiate(
                 lambda mean, var, weight, bias: reference.finalize(mean, var, weight, bias, ctx.eps),
                 [mean, var, weight, bias],
@@ -227,7 +229,7 @@ class ScaleShiftActFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, raw, raw_scale, raw_shift, out = ctx.saved_tensors
-        if _recorded():
+        if _recorded(grad_out):
             return _scale_shift_act_double_backward(ctx, grad_out)
         grad_out = _laid_out_as(grad_out, x)
         kernels, zero = ops.of(ctx.backend), torch.zeros_like(scale)

@@ -26,6 +26,7 @@ from resfuse.autograd import (
     _recorded,
     _through_moments,
 )
+from resfuse.ownership import owns
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters
 from resfuse.raw import (
     Pairs,
@@ -86,27 +87,29 @@ class ConvNormFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_affine: Tensor | None, _: None, grad_through: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
+        recorded = _recorded(grad_y, grad_affine, grad_through)
+        overwrites = not recorded and not torch.compiler.is_compiling()
+        owned = overwrites and grad_through is not None and owns(grad_through)
         saved = ctx.saved_tensors
         x, affine, mean, weight, conv_bias, bn_weight, bn_bias, y, y_mean, var = saved
         training, eps, pairs, relu = ctx.options
         grad_y = torch.zeros_like(y) if grad_y is None else grad_y
         grad_affine = y_mean.new_zeros(2, y_mean.shape[0]) if grad_affine is None else grad_affine
-        if _recorded():
+        if recorded:
             grads = _conv_norm_double_backward(ctx, saved, grad_y, grad_affine, grad_through)
             return (*grads[:2], None, *grads[2:], *[None] * 5)
         kernels = ops.of(ctx.backend)
         grad_mean, grad_var, grad_weight_bn = kernels.finalize_backward(
             grad_affine[1], grad_affine[0], var, bn_weight, eps
         )
-        grad_through = None if grad_through is None else _laid_out_as(grad_through, x)
+        given, grad_through = grad_through, None if grad_through is None else _laid_out_as(grad_through, x)
         wants_x, wants_affine, _, need_weight, *_ = ctx.needs_input_grad
         need_x = wants_x or wants_affine
         arguments = (
             _laid_out_as(grad_y, y), y if training else None, None, y_mean if training else None, grad_mean, grad_var,
             False, x, affine, mean, weight, relu, *pairs, grad_through,
         )  # fmt: skip
-        if need_x and grad_through is not None and not torch.compiler.is_compiling():
-            # only the closing unit of the same block made grad_through, and nobody reads it again
+        if need_x and (owned or (overwrites and grad_through is not given)):  # what is not given was made here
             grad_x = grad_through
             grad_weight, sums = kernels.conv_stats_backward_(*arguments, need_weight)
         else:
@@ -202,7 +205,7 @@ class ConvNormActFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:], backend=ctx.backend)
-        grads: Any = _conv_norm_act_double_backward if _recorded() else _conv_norm_act_backward
+        grads: Any = _conv_norm_act_double_backward if _recorded(grad_out) else _conv_norm_act_backward
         x, affine, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine = grads(ctx, saved, grad_out)
         return (
             x, affine, None, weight, conv_bias, bn_weight, bn_bias, residual, residual_affine, None, *[None] * 6
@@ -232,8 +235,7 @@ def _conv_norm_act_backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Ten
     elif out is None:
         dz = grad_out
     if ctx.has_residual and raw.affine is None:
-        # the shortcut's reader writes over its gradient, so the caller's own tensor is not handed on
-        grad_residual = dz.clone() if out is None else dz
+        grad_residual = dz
     grad_x, grad_weight, input_sums = kernels.conv_stats_backward(
         dz, None if y_affine is None else y, y_affine, y_mean, *through, relu and out is None, x, affine,
         mean, weight, relu_x, *pairs, None, any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[3],

@@ -204,11 +204,12 @@ class ExpandNormActFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        overwrites = ctx.backend == "native" and not torch.compiler.is_compiling()
+        recorded = _recorded(grad_out, grad_mean, grad_var)
+        overwrites = ctx.backend == "native" and not recorded and not torch.compiler.is_compiling()
         owned = overwrites and grad_out is not None and owns(grad_out)
         given, saved = grad_out, ctx.saved_tensors
         grad_out = _through_moments(grad_out, grad_mean, grad_var, *saved[-2:], backend=ctx.backend)
-        if _recorded():
+        if recorded:
             return (*_double_backward(ctx, saved, grad_out), *[None] * 7)
         width = len(Branch._fields)
         main, tensors = Branch(*saved[:width]), saved[width:]

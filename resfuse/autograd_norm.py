@@ -15,13 +15,13 @@ from resfuse import ops, reference
 from resfuse.autograd import (
     _cast,
     _differentiate,
-    _graph_is_kept,
     _kept,
     _laid_out_as,
     _masked,
     _recorded,
     _through_moments,
 )
+from resfuse.ownership import owns_saved
 from resfuse.parameters import BatchNorm2dParameters, Moments
 
 
@@ -145,10 +145,12 @@ class BNActFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         grad_out = _through_moments(grad_out, grad_out_mean, grad_out_var, *saved[-2:], backend=ctx.backend)
-        if _recorded():
+        if _recorded(grad_out):
             return _bn_act_double_backward(ctx, saved, grad_out)
         x, weight, bias, raw_weight, raw_bias, mean, var, scale, shift, *others = saved
         raw, raw_mean, raw_var, raw_scale, raw_shift, out, *_ = others
+        del saved, others
+        overwrites = ctx.owned and owns_saved(x, raw)
         (training, eps), raw_branch = ctx.branches
         kernels, grad_out = ops.of(ctx.backend), _laid_out_as(grad_out, x)
         sums, dz = kernels.scale_shift_act_backward_reduce(
@@ -165,7 +167,7 @@ class BNActFunction(torch.autograd.Function):
         if out is not None:
             grad_out = dz  # already the masked gradient
         grad_x, grad_residual = _activation_gradients(
-            ctx, grad_out, x, scale, shift, mean, *through,
+            ctx, overwrites, grad_out, x, scale, shift, mean, *through,
             raw, raw_scale, raw_shift, raw_mean, *raw_through, ctx.relu and out is None,
         )  # fmt: skip
         if raw is None:
@@ -181,12 +183,12 @@ class BNActFunction(torch.autograd.Function):
         )
 
 
-def _activation_gradients(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+def _activation_gradients(ctx: Any, overwrites: bool, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and of a raw residual, where one is wanted."""
     kernels, x, raw = ops.of(ctx.backend), arguments[1], arguments[7]
     if not (ctx.needs_input_grad[0] or (raw is not None and ctx.needs_input_grad[3])):
         return None, None
-    if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
+    if overwrites:
         # x and raw are read for the last time: their memory is in cache and spares a fresh tensor's page faults
         kernels.scale_shift_act_backward_apply_(*arguments)
         return x.detach(), None if raw is None else raw.detach()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from resfuse import ops, reference
-from resfuse.autograd import _cast, _differentiate, _graph_is_kept, _kept, _reached, _recorded
+from resfuse.autograd import _cast, _differentiate, _kept, _reached, _recorded
 from resfuse.autograd_conv import _convolve
 from resfuse.autograd_norm import Normalized
+from resfuse.ownership import owns_saved
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments, Window
 from resfuse.raw import Pairs, Raw, conv_bias_gradient, geometry, zero_with_gradient
 
@@ -72,16 +73,17 @@ class BNReLUMaxPoolFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if _recorded():
+        if _recorded(grad_out):
             return _double_backward(ctx, grad_out)
         x, weight, bias, indices, mean, var, scale, shift = ctx.saved_tensors
+        overwrites = ctx.owned and owns_saved(x)
         kernels, pooled = ops.of(ctx.backend), (_laid_out_beside(grad_out, x, indices), indices, x, scale, shift, mean)
         sums = kernels.scale_shift_relu_maxpool_backward_reduce(*pooled, *ctx.window)
         grad_mean, grad_var, grad_weight = kernels.finalize_backward(sums[1], sums[0], var, weight, ctx.eps)
         through = (grad_mean, grad_var) if ctx.training and not ctx.given else (None, None)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            if ctx.owned and not torch.compiler.is_compiling() and not _graph_is_kept():
+            if overwrites:
                 # x is read for the last time: its memory spares a fresh tensor's page faults
                 kernels.scale_shift_relu_maxpool_backward_apply_(*pooled, *through, *ctx.window)
                 grad_x = x.detach()
@@ -147,8 +149,9 @@ class ConvBNReLUMaxPoolFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, conv_bias, bn_weight, bn_bias, y, indices, mean, var, scale, shift = ctx.saved_tensors
         training, eps, pairs = ctx.options
-        if _recorded():
+        if _recorded(grad_out):
             return (*_conv_double_backward(ctx, grad_out), *[None] * 4)
+        overwrites = owns_saved(y)
         kernels, pooled = ops.of(ctx.backend), (_laid_out_beside(grad_out, y, indices), indices, y, scale, shift, mean)
         sums = kernels.scale_shift_relu_maxpool_backward_reduce(*pooled, *ctx.window)
         grad_mean, grad_var, grad_weight_bn = kernels.finalize_backward(sums[1], sums[0], var, bn_weight, eps)
@@ -156,11 +159,11 @@ class ConvBNReLUMaxPoolFunction(torch.autograd.Function):
         need_x, need_weight = ctx.needs_input_grad[:2]
         grad_x = grad_weight = None
         if need_x or need_weight:
-            if torch.compiler.is_compiling() or _graph_is_kept():
-                grad_y = kernels.scale_shift_relu_maxpool_backward_apply(*pooled, *through, *ctx.window)
-            else:
+            if overwrites:
                 kernels.scale_shift_relu_maxpool_backward_apply_(*pooled, *through, *ctx.window)
                 grad_y = y
+            else:
+                grad_y = kernels.scale_shift_relu_maxpool_backward_apply(*pooled, *through, *ctx.window)
             grad_x, grad_weight, _ = kernels.conv_stats_backward(
                 grad_y, *[None] * 5, False, x, None, None, weight, False, *pairs, None, need_x, need_weight
             )

@@ -58,7 +58,7 @@ class ConvAddFunction(torch.autograd.Function):
         grad = _through_moments(grad_out, grad_mean, grad_var, *handed_on, backend=ctx.backend)
         wants_x, wants_affine, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
         need_x = wants_x or wants_affine
-        if _recorded():
+        if _recorded(grad):
 
             def forward(x: Tensor, affine: Any, weight: Tensor, conv_bias: Any) -> Tensor:
                 a = reference.normalized(x, affine, mean, "relu" if relu_x else "identity")
@@ -70,15 +70,13 @@ class ConvAddFunction(torch.autograd.Function):
         grad_x, grad_weight, sums = ops.of(ctx.backend).conv_stats_backward(
             grad, *[None] * 5, False, x, affine, mean, weight, relu_x, *pairs, None, need_x, need_weight
         )
-        # the shortcut's reader writes over its gradient, so the caller's own tensor is not handed on
-        grad_residual = (grad.clone() if grad is grad_out else grad) if need_residual else None
         return (
             grad_x if wants_x else None,
             sums if affine is not None else None,
             None,
             grad_weight if need_weight else None,
             _cast(grad.float().sum((0, 2, 3)), conv_bias) if need_bias else None,
-            grad_residual,
+            grad if need_residual else None,
             *[None] * 4,
         )
 
@@ -114,7 +112,7 @@ class NormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_affine: Tensor, _: None) -> tuple[Tensor | None, ...]:
         mean, var, bn_weight, bn_bias = ctx.saved_tensors
-        if _recorded():
+        if _recorded(grad_affine):
 
             def forward(mean: Tensor, var: Tensor, bn_weight: Any, bn_bias: Any) -> Tensor:
                 return reference.affine_beside(mean, var, bn_weight, bn_bias, ctx.eps)

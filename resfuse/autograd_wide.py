@@ -39,7 +39,7 @@ class WideConvolutionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
-        if _recorded():
+        if _recorded(grad_y):
             conv = lambda x, weight, bias: _conv(x, weight, bias, ctx.geometry)  # noqa: E731
             return *_differentiate(conv, (x, weight, bias), grad_y), None
         stride, padding, dilation, groups = ctx.geometry

@@ -1,11 +1,15 @@
-"""Whose gradient it is: what resfuse.ownership says of every way in which a gradient can be somebody else's too."""
+"""Whose tensor it is: what resfuse.ownership says of every way in which a gradient, or what a node saved, can be
+somebody else's too."""
+
+import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import resfuse
-from resfuse import ops, ownership
+from resfuse import BatchNorm2dParameters, Conv2dParameters, functional, ops, ownership
 from resfuse.ownership import owns
 
 W = torch.randn(2, 3, 4, 4)
@@ -191,3 +195,148 @@ def test_a_folded_block_writes_over_the_next_blocks_gradient(monkeypatch):
     (blocks(x) * torch.randn(2, 256, 14, 14)).sum().backward()
     assert len(memory) == 2 and len(set(memory)) == 1
     assert memory[0] == x.grad.data_ptr()
+
+
+class Watching(TorchDispatchMode):
+    """Names the operators that run, and keeps what they return."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.names, self.outputs, self.keep = [], [], keep
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.names.append(function.name())
+        if self.keep:
+            self.outputs.append(out)
+        return out
+
+    def in_place(self):
+        return [name for name in self.names if name.startswith("resfuse::") and name.endswith("_")]
+
+
+def test_what_observes_the_first_backward_is_not_counted():
+    counted = ownership._of_one_owner()
+    measure = ownership._of_one_owner.__wrapped__
+    with Watching(keep=True):
+        assert measure() == counted
+
+    def trace(frame, event, argument):
+        assert frame.f_locals is not None  # reading them makes a copy, which holds what they hold
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        observed = measure()
+    finally:
+        sys.settrace(before)
+    assert observed == counted
+
+
+def parameters(channels, kernel=3, inputs=None):
+    bn = BatchNorm2dParameters(
+        torch.zeros(channels), torch.ones(channels), torch.rand(channels).add(0.5).requires_grad_(),
+        torch.randn(channels).requires_grad_(), True,
+    )  # fmt: skip
+    weight = torch.randn(channels, inputs or channels, kernel, kernel).requires_grad_()
+    return Conv2dParameters(weight, None, 1, kernel // 2), bn
+
+
+def image(channels):
+    return torch.randn(2, channels, 8, 8)
+
+
+def last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+# what writes over a tensor that it saved
+SAVED = {
+    "bn_relu_maxpool": lambda: functional.conv_bn_relu_maxpool(image(3), *parameters(64, inputs=3)),
+    "conv_bn_act": lambda: functional.conv_bn_act(image(16), *parameters(16)),
+    "projection": lambda: functional.basic_block(image(16), *parameters(16), *parameters(16), parameters(16, 1)),
+}
+# and over the gradient of a shortcut
+SHORTCUT = {
+    "basic": lambda x: functional.basic_block(x, *parameters(16), *parameters(16)),
+    "identity": lambda x: functional.basic_block(x, *parameters(16), *parameters(16), activation="identity"),
+    "bottleneck": lambda x: functional.bottleneck(x, *(parameters(16) * 3)),
+    "folded": lambda x: functional.bottleneck(x, *parameters(16, 1), *parameters(16), *parameters(16, 1), folding=True),
+    "preact": lambda x: functional.preact_block(x, [parameters(16)[::-1], parameters(16)[::-1]], x)[0],
+}
+needs_tiles = pytest.mark.skipif(torch.float32 not in ops.tile_dtypes, reason="this processor has no tile kernels")
+if torch.float32 in ops.tile_dtypes:
+    SAVED["stem"] = lambda: functional.conv_bn_relu_maxpool(last(image(3)), *parameters(64, inputs=3))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_a_node_saved_is_written_over_where_nobody_holds_it(name):
+    out = SAVED[name]() * 2
+    with Watching(keep=False) as watching:
+        out.sum().backward()
+    assert any("apply_" in found for found in watching.in_place())
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_a_hook_keeps_of_what_a_node_saved_stays(name):
+    held = []
+
+    def pack(tensor):
+        held.append((tensor, tensor.detach().clone()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = SAVED[name]()
+    out.sum().backward()
+    assert held
+    assert all(torch.equal(tensor.detach(), before) for tensor, before in held)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_a_caller_reads_of_what_a_node_saved_stays(name):
+    out = SAVED[name]()
+    held = [t for t in out.grad_fn.saved_tensors if t is not None]
+    before = [t.detach().clone() for t in held]
+    out.sum().backward()
+    assert held
+    assert all(torch.equal(t.detach(), b) for t, b in zip(held, before, strict=True))
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", SHORTCUT)
+def test_a_shortcuts_gradient_is_written_over_where_nobody_holds_it(name):
+    out = SHORTCUT[name](last(image(16)).requires_grad_()) * 2
+    with Watching(keep=False) as watching:
+        out.sum().backward()
+    assert "resfuse::conv_stats_backward_" in watching.in_place()
+
+
+@pytest.mark.parametrize("when", ["before the node", "after the node"])
+@pytest.mark.parametrize("name", SHORTCUT)
+def test_a_shortcuts_gradient_that_a_hook_keeps_stays(name, when):
+    out = SHORTCUT[name](last(image(16)).requires_grad_())
+    held = []
+
+    def keep(grads, *_):
+        held.extend((grad, grad.clone()) for grad in grads if grad is not None)
+
+    nodes = [out.grad_fn, *[node for node, _ in out.grad_fn.next_functions if node is not None]]
+    for node in nodes:
+        node.register_prehook(keep) if when == "before the node" else node.register_hook(keep)
+    (out * last(image(16))).sum().backward()
+    assert held
+    assert all(torch.equal(grad, before) for grad, before in held)
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", SHORTCUT)
+def test_a_shortcuts_gradient_may_be_asked_for(name):
+    x = last(image(16)).requires_grad_()
+    out, given = SHORTCUT[name](x), last(image(16))
+    edges = [edge for edge in out.grad_fn.next_functions if edge[0] is not None and edge[1] == 3]
+    edge = torch.autograd.graph.GradientEdge(*edges[0])
+    (alone,) = torch.autograd.grad(out, [edge], given, retain_graph=True)
+    alone = alone.clone()
+    beside, _ = torch.autograd.grad(out, [edge, x], given)
+    assert torch.equal(alone, beside)
