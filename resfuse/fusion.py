@@ -168,23 +168,28 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(tuple(reports))
 
 
+def stretches(module: Any) -> list[tuple[list[nn.Conv2d], str | None]]:
+    """The convolutions of a fused block, in lists of those that only serve together, and why they are left to torch;
+    None where tile kernels compute them, for activations in the block's parameters' device and dtype."""
+    backend, found = getattr(module, "_resfuse_backend", None), []
+    for convs in module.stretches_of(module) if isinstance(module, FusedBlock) else [[module.conv]]:
+        if not convs:
+            continue
+        reason: str | None = "the reference was asked for"
+        if backend != "reference":
+            device, dtype = convs[0].weight.device.type, convs[0].weight.dtype
+            parameters = [conv_parameters(conv) for conv in convs]
+            reason = why_not_convs(parameters, device, convolved_dtype(device, dtype), backend)
+        found.append((convs, reason))
+    return found
+
+
 def _convolutions(module: Any) -> str:
-    """Who computes the convolutions of a fused block, for activations in its parameters' device and dtype."""
-    stretches = module.stretches_of(module) if isinstance(module, FusedBlock) else [[module.conv]]
-    stretches = [convs for convs in stretches if convs]
-    if not stretches:
-        return ""
-    backend = getattr(module, "_resfuse_backend", None)
-    if backend == "reference":
-        return "torch: the reference was asked for"
-    reasons = []
-    for convs in stretches:
-        device, dtype = convs[0].weight.device.type, convs[0].weight.dtype
-        parameters = [conv_parameters(conv) for conv in convs]
-        reasons.append(why_not_convs(parameters, device, convolved_dtype(device, dtype), backend))
+    """Who computes the convolutions of a fused block."""
+    reasons = [reason for _, reason in stretches(module)]
     left = [reason for reason in reasons if reason is not None]
     if len(left) == len(reasons):
-        return f"torch: {left[0]}"
+        return f"torch: {left[0]}" if left else ""
     how = f"tiles{_folding(module)}"
     return f"{how}; torch in {len(left)} of {len(reasons)} stretches: {left[0]}" if left else how
 

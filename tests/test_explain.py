@@ -207,11 +207,14 @@ def test_explain_counts_the_stretches_of_a_long_block(monkeypatch):
     assert block.convolutions == "tiles"  # the first convolution reads the taps of a row as one pixel
     (block,) = resfuse.explain(resfuse.fuse(VGGFeatures((2, 2, 1, 1, 1), (8, 8, 8, 8, 8)))).blocks
     assert block.convolutions.startswith("torch: ")
-    for model, expected in (
-        (models.CifarResNet(8), "torch: torch is faster below 64 channels"),
-        (models.resnet18(), "tiles"),
+    narrow = "torch: torch is faster below 64 channels"
+    for model, name, expected in (
+        (models.CifarResNet(8), "", narrow),
+        (models.resnet18(), "", "tiles"),
+        (models.DenseNet(8, (1, 1, 1, 1), 64), "features", "tiles"),
+        (models.DenseNet(8, (1, 1, 1, 1), 48), "features", narrow),
     ):
-        stem = next(block for block in resfuse.explain(resfuse.fuse(model)).blocks if not block.name)
+        stem = next(block for block in resfuse.explain(resfuse.fuse(model)).blocks if block.name == name)
         assert stem.convolutions.startswith(expected)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resfuse import explain, ops
 from resfuse.bench.shapes import ConvShape
+from resfuse.fusion import stretches
 
 
 class BareConv(NamedTuple):
@@ -21,18 +22,20 @@ class BareConv(NamedTuple):
 
 
 def served_by_tiles(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
-    """The prefixes of the convolutions that resfuse's own kernels run, as :func:`resfuse.explain` says.
+    """The convolutions that resfuse's own kernels run, as :func:`resfuse.explain` says.
 
     Args:
         model (nn.Module): stock or fused; unchanged.
         dtype (torch.dtype): of the activations, as autocast has it.
 
     Returns:
-        tuple[str, ...]: prefixes of qualified names; of a network that is a block itself, its stem's.
+        tuple[str, ...]: their qualified names.
     """
-    blocks = explain(copy.deepcopy(model).to(dtype)).blocks
-    tiled = [block.name for block in blocks if block.convolutions.startswith("tiles")]
-    return tuple(f"{name}." if name else "conv1" for name in tiled)
+    model = copy.deepcopy(model).to(dtype)
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = [model.get_submodule(block.name) for block in explain(model).blocks if block.fused]
+    tiled = [convs for block in blocks for convs, reason in stretches(block) if reason is None]
+    return tuple(names[id(conv)] for convs in tiled for conv in convs)
 
 
 def bare_convolutions(shapes: Iterable[ConvShape], tiled: tuple[str, ...], dtype: torch.dtype) -> list[BareConv]:
@@ -59,7 +62,7 @@ def bare_convolutions(shapes: Iterable[ConvShape], tiled: tuple[str, ...], dtype
     found = []
     for i, shape in enumerate(shapes):
         weight = torch.randn(shape.weight, generator=generator).contiguous(memory_format=torch.channels_last)
-        make = _tiles if shape.name.startswith(tiled) else _torch
+        make = _tiles if shape.name in tiled else _torch
         found.append(make(shape, activation(shape.input), activation(shape.output), weight, i > 0))
     return found
 

@@ -121,7 +121,7 @@ class DenseFeaturesMixin(nn.FusedBlock):
 
     @classmethod
     def stretches_of(cls, block: Any) -> list[list[Conv2d]]:
-        return []
+        return [[block.conv0]]
 
 
 def run_features(features: Any, x: Tensor, activation: str, backend: str | None) -> Tensor:
