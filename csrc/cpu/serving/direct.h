@@ -156,7 +156,8 @@ void run_convolution(const DirectConvolution<T>& c, int64_t images) {
            : c.prefetch(false, later.first, later.last, next);
     }
     const int64_t first = blocks.first_strip(cut), last = blocks.first_strip(cut + 1);
-    next.spread((last - first) * (part.last - part.first) * ceil_div(part.pixels, kMaxPixels) * c.kernel.units, 0);
+    const int64_t together = c.kernel.windows.lanes < kPanel ? kNarrowPixels : kMaxPixels;
+    next.spread((last - first) * (part.last - part.first) * ceil_div(part.pixels, together) * c.kernel.units, 0);
     if (cut == 0 && !flat)
       for (int64_t line = part.first; line < part.last; ++line)
         clear_halo(c.out, line / c.out.height, line % c.out.height, line % c.out.height + 1);

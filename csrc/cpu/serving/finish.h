@@ -98,8 +98,8 @@ constexpr std::array<FinishPixels<T>, sizeof...(R)> finish_table(std::index_sequ
 template <class T>
 void finish_line(const Operand<unit_t<T>>& first, const Operand<unit_t<T>>& second, int64_t pixels, const unit_t<T>* b,
                  int64_t b_panel, int64_t lanes, Finish<T> to, Prefetcher& next) {
-  static constexpr std::array kTables{finish_table<T, 1>(std::make_index_sequence<kMaxPixels>{}),
-                                      finish_table<T, 2>(std::make_index_sequence<kMaxPixels>{})};
+  static constexpr auto kNarrow = finish_table<T, 1>(std::make_index_sequence<kNarrowPixels>{});
+  static constexpr auto kWhole = finish_table<T, 2>(std::make_index_sequence<kMaxPixels>{});
   static constexpr auto kWide = finish_table<T, 4>(std::make_index_sequence<kWidePixels>{});
   const auto run = [&](const auto& table) RESFUSE_INLINE_LAMBDA {
     Operand<unit_t<T>> operands[2] = {first, second};
@@ -114,7 +114,7 @@ void finish_line(const Operand<unit_t<T>>& first, const Operand<unit_t<T>>& seco
   };
   if constexpr (kWidePixels > 0)
     if (lanes > kPanel) return run(kWide);
-  run(kTables[lanes == kPanel]);
+  lanes == kPanel ? run(kWhole) : run(kNarrow);
 }
 
 }  // namespace resfuse::cpu::RESFUSE_ISA

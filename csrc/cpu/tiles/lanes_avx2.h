@@ -6,7 +6,8 @@ RESFUSE_TILES_BEGIN
 namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kLanes = 8;
-constexpr int kMaxPixels = 6;  // pixels of a register tile: 6 * 2 accumulators, 2 of b, 1 of a: 15 of 16 registers
+constexpr int kMaxPixels = 6;      // pixels of a register tile: 6 * 2 accumulators, 2 of b, 1 of a: 15 of 16 registers
+constexpr int kNarrowPixels = 12;  // the same, half a panel wide
 constexpr int64_t kWeightChannels = 6;             // rows of a weight gradient's register tile
 constexpr int kWidePixels = 0, kWideChannels = 0;  // none is two panels wide
 

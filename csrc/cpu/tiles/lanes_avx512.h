@@ -6,7 +6,8 @@ RESFUSE_TILES_BEGIN
 namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kLanes = 16;
-constexpr int kMaxPixels = 14;  // pixels of a register tile: 14 * 2 accumulators, 2 of b, 1 of a: 31 of 32 registers
+constexpr int kMaxPixels = 14;     // pixels of a register tile: 14 * 2 accumulators, 2 of b, 1 of a: 31 of 32 registers
+constexpr int kNarrowPixels = 14;  // the same, half a panel wide
 constexpr int64_t kWeightChannels = 8;             // rows of a weight gradient's register tile
 constexpr int kWidePixels = 7, kWideChannels = 4;  // the same, two panels wide
 

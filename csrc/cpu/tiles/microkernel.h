@@ -3,8 +3,8 @@
 // `multiply`:    c[R pixels][panel] = sum over taps and input channels of a[pixel][k] * b[k][panel]
 // `accumulate`:  w[R channels][panel] += sum over pixels of p[pixel][R] * q[pixel][panel]
 // A panel is two vectors: 32 channels of AVX-512, 16 of AVX2. Both also exist for half a panel: grouped convolutions
-// multiply fewer zeros then. And for two panels, with half the rows: every value that is broadcast meets four vectors.
-// Sums run in the same order in all of them, so results are the same bits.
+// multiply fewer zeros then. And for two panels, with half the rows: every value that is broadcast meets four vectors,
+// and sums run in the same order as with one, so results are the same bits.
 // A unit is what one step of the inner product takes: a float, or a pair of bfloat16 whose products are summed in
 // float by one instruction.
 #pragma once
@@ -24,6 +24,7 @@ namespace resfuse::cpu::RESFUSE_ISA {
 
 constexpr int64_t kPanel = 2 * kLanes;  // channels side by side
 constexpr int64_t kAheadSteps = 8;      // steps of `accumulate` between asking for a line of p and reading it
+constexpr int kFewSums = 8;             // fewer vectors of sums than additions that a core has on their way
 constexpr int64_t kSumSteps = 512;      // a longer sum is one of sums: it rounds less, at 1 % of its time
 
 template <class T>
@@ -173,8 +174,8 @@ inline int64_t groups_of(int64_t pixels, int64_t most) {
 template <class U, class P>
 void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<Tap>& taps, const Panels<U>& panels,
               int64_t lanes, Prefetcher& next, const P& before) {
-  static constexpr std::array kTables{multiply_table<U, 1>(std::make_index_sequence<kMaxPixels>{}),
-                                      multiply_table<U, 2>(std::make_index_sequence<kMaxPixels>{})};
+  static constexpr auto kNarrow = multiply_table<U, 1>(std::make_index_sequence<kNarrowPixels>{});
+  static constexpr auto kWhole = multiply_table<U, 2>(std::make_index_sequence<kMaxPixels>{});
   static constexpr auto kWide = multiply_table<U, 4>(std::make_index_sequence<kWidePixels>{});
   int64_t steps = 0;
   for (const Tap& tap : taps) steps += tap.steps;
@@ -191,7 +192,7 @@ void multiply(const U* patch, int64_t origin, int64_t pixels, const std::vector<
   };
   if constexpr (kWidePixels > 0)
     if (lanes > kPanel) return run(kWide);
-  run(kTables[lanes == kPanel]);
+  lanes == kPanel ? run(kWhole) : run(kNarrow);
 }
 
 // Rows of `steps` pixels each: p is dense over all rows, row r of q begins at q + rows[r], and q's vectors of channels
@@ -207,31 +208,40 @@ struct PixelRows {
 };
 
 // w's panels lie w_panel apart. `first`: w is written, not added to.
-// The rows are summed from zero and then added to w: a sum of short sums rounds less than one long one.
+// The rows are summed from zero and then added to w: a sum of short sums rounds less than one long one. A sum waits for
+// its last addition, so where there are few of them, steps take turns with two sets.
 template <class U, int V, int R = kWeightChannels>
 __attribute__((noinline)) void accumulate(const PixelRows<U>& from, bool first, float* w, int64_t w_panel,
                                           Ahead ahead) {
   constexpr int kSide = kPanelVectors<V>;
   const auto [begin, p_step, q, q_step, q_vector, rows, row_count, steps] = from;
   const U* p = begin;
-  Lanes sum[R][V];
-  for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = zero_lanes(); });
+  constexpr int kSets = R * V < kFewSums ? 2 : 1;
+  Lanes sums[kSets][R][V];
+  for (auto& sum : sums) for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = zero_lanes(); });
+  const auto step = [&](const U* at, Lanes(&sum)[R][V]) RESFUSE_INLINE_LAMBDA {
+    _mm_prefetch(reinterpret_cast<const char*>(p + kAheadSteps * p_step), _MM_HINT_T0);
+    ask(ahead);
+    decltype(load_units(at)) lanes[V];
+    repeat<V>([&](auto v) RESFUSE_INLINE_LAMBDA {
+      lanes[v] = load_units(at + v * q_vector);
+      keep(lanes[v]);
+    });
+    repeat<R>([&](auto r) RESFUSE_INLINE_LAMBDA {
+      const auto value = broadcast_unit(p[r]);
+      repeat<V>([&](auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = multiply_add(value, lanes[v], sum[r][v]); });
+    });
+    p += p_step;
+  };
   for (int64_t row = 0; row < row_count; ++row) {
     const U* at = q + rows[row];
-    for (int64_t i = 0; i < steps; ++i, p += p_step, at += q_step) {
-      _mm_prefetch(reinterpret_cast<const char*>(p + kAheadSteps * p_step), _MM_HINT_T0);
-      ask(ahead);
-      decltype(load_units(at)) lanes[V];
-      repeat<V>([&](auto v) RESFUSE_INLINE_LAMBDA {
-        lanes[v] = load_units(at + v * q_vector);
-        keep(lanes[v]);
-      });
-      repeat<R>([&](auto r) RESFUSE_INLINE_LAMBDA {
-        const auto value = broadcast_unit(p[r]);
-        repeat<V>([&](auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = multiply_add(value, lanes[v], sum[r][v]); });
-      });
-    }
+    int64_t i = 0;
+    for (; i + kSets <= steps; i += kSets)
+      repeat<kSets>([&](auto set) RESFUSE_INLINE_LAMBDA { step(at + (i + set) * q_step, sums[set]); });
+    for (; i < steps; ++i) step(at + i * q_step, sums[0]);
   }
+  auto& sum = sums[0];
+  if constexpr (kSets == 2) for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] += sums[1][r][v]; });
   for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA {
     float* to = w + v / kSide * w_panel + (r * kSide + v % kSide) * kLanes;
     store_lanes(to, first ? sum[r][v] : load_lanes(to) + sum[r][v]);

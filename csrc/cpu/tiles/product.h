@@ -213,7 +213,7 @@ void run_tiles(const Plan& plan, const Taps& taps, const unit_t<T>* packed, int6
         epilogue.touches((following.image * h.out + begin) * w.out + first, pixels, next);
       }
       next.spread((slabs.first_panel(block + 1) - slabs.first_panel(block)) * kPanel / lanes * tile.rows *
-                      ceil_div(tile.columns, kMaxPixels) * taps.units,
+                      ceil_div(tile.columns, lanes < kPanel ? kNarrowPixels : kMaxPixels) * taps.units,
                   bytes);
       const int64_t last_panel = slabs.first_panel(block + 1);
       for (int64_t panel = slabs.first_panel(block), together; panel < last_panel; panel += together) {
