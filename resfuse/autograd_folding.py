@@ -28,7 +28,7 @@ def _as_image(matrix: Tensor) -> Tensor:
 
 def _gram(grad: Tensor, a: Tensor, stride: list[int], backend: str) -> Tensor:
     """grad^T a in float32, (K, C), over the pixels that a 1x1 convolution of this stride reads of a."""
-    like = torch.empty(grad.shape[1], a.shape[1], 1, 1, device=a.device)
+    like = torch.empty(grad.shape[1], a.shape[1], 1, 1, dtype=torch.float32, device=a.device)
     pairs = (stride, [0, 0], [1, 1], 1)
     return ops.of(backend).conv_stats_backward(
         grad, *_NONE[:5], False, a, None, None, like, False, *pairs, None, False, True

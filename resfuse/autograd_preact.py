@@ -38,7 +38,10 @@ class ConvAddFunction(torch.autograd.Function):
         moments: bool,
         backend: str,
     ) -> Any:
-        shift = torch.zeros(weight.shape[0], device=x.device) if conv_bias is None else conv_bias.float()
+        if conv_bias is None:
+            shift = torch.zeros(weight.shape[0], dtype=torch.float32, device=x.device)
+        else:
+            shift = conv_bias.float()
         options = (residual, None, None, None, None, [1, 1], False, *pairs)
         out, out_mean, out_var = ops.of(backend).conv_act(
             x, affine, mean, relu_x, weight, None, shift, *options, moments

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resfuse._calls import convolved_dtype
 from resfuse.backends import BACKENDS, missing
-from resfuse.guards import why_stock_anywhere, why_stock_children, why_stock_input
+from resfuse.guards import is_projection, why_stock_anywhere, why_stock_children, why_stock_input
 from resfuse.nn import ConvBNAct2d, FusedBlock, conv_parameters
 from resfuse.raw_chain import folds_from, why_not_convs
 
@@ -122,6 +122,8 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         found.append((name, module))
         for child in (fused or FusedBlock).answers_for:
             part = module._modules.get(child)
+            if child == "downsample" and not is_projection(part):
+                continue  # it is called as it is
             inside.update(id(each) for each in (part.modules() if part is not None else ()))
     return found
 
@@ -135,7 +137,8 @@ def _why_stock(module: nn.Module, backend: str | None) -> str | None:
         reason, backend = why_stock_children(module, module.fused_parts), module.backend
     else:
         return f"resfuse has no fused {type(module).__name__}"
-    reason = why_stock_anywhere() or reason
+    own = next((name for name in ("forward", "_forward_impl") if name in module.__dict__), None)
+    reason = why_stock_anywhere() or reason or (None if own is None else f"it has its own {own}")
     parameter = next(module.parameters(), None)
     if reason is not None or parameter is None or parameter.device.type == "meta":
         return reason
@@ -283,10 +286,14 @@ def unfuse(model: M) -> M:
         nn.Module: the same object.
 
     Raises:
-        TypeError: `model` is no nn.Module.
+        TypeError: `model` is no nn.Module, or a block's class was made of a fused one by something else, as FSDP does,
+            which has to be undone first. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, FusedBlock) and _fused_class(_stock_class(type(module))) is not type(module):
+            raise TypeError(f"model's {name or 'root'} is a {type(module).__name__}, which fuse did not make")
     for module in model.modules():
         if isinstance(module, FusedBlock):
             for name in ("_resfuse_backend", "_resfuse_folding"):

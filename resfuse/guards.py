@@ -39,9 +39,16 @@ def why_not_child(child: nn.Module | None, name: str, wanted: type[nn.Module]) -
 
 def why_not_conv(conv: nn.Module | None, name: str) -> str | None:
     reason = why_not_child(conv, name, nn.Conv2d)
-    if reason is None and conv.padding_mode != "zeros":  # type: ignore[union-attr]
-        return f"{name} pads with {conv.padding_mode!r}, not zeros"  # type: ignore[union-attr]
-    return reason
+    if reason is not None:
+        return reason
+    assert isinstance(conv, nn.Conv2d)
+    if conv.padding_mode != "zeros":
+        return f"{name} pads with {conv.padding_mode!r}, not zeros"
+    if "_conv_forward" in conv.__dict__:
+        return f"{name} has its own _conv_forward"
+    if type(conv.weight) not in (nn.Parameter, Tensor):  # which may compute a convolution of its own
+        return f"{name}'s weight is a {type(conv.weight).__name__}"
+    return None
 
 
 def why_not_norm(bn: nn.Module | None, name: str) -> str | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from resfuse import functional, guards
+from resfuse._calls import autocasts
 from resfuse._checks import check_activation_name, check_eps, check_momentum
 from resfuse.guards import Parts
 from resfuse.parameters import BatchNorm2dParameters, Conv2dParameters, Moments
@@ -58,6 +59,8 @@ class AddReLU(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        if guards.why_stock_call(x) is not None:
+            return torch.relu(x + residual)
         return functional.add_relu(x, residual, backend=self.backend)
 
     def extra_repr(self) -> str:
@@ -105,8 +108,14 @@ class BNAct2d(_NormBase):
         self.backend = backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if guards.why_stock_call(x) is not None:
+            return _activated(_BatchNorm.forward(self, x), residual, self.activation)  # type: ignore[arg-type]
         bn = batch_norm_parameters(self)
         return functional.bn_act(x, bn, residual, activation=self.activation, backend=self.backend)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if not isinstance(x, torch.fx.Proxy) and x.dim() != 4:
+            raise ValueError(f"x must have 4 dimensions, (N, C, H, W), got {x.dim()}")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}" + _backend_repr(self.backend)
@@ -171,12 +180,18 @@ class ConvBNAct2d(nn.Module):
 
     def _stock_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         z = self.bn(self.conv(x))
-        if residual is not None:
-            z = z + residual
-        return torch.relu(z) if self.activation == "relu" else z
+        if residual is not None and not isinstance(x, torch.fx.Proxy) and autocasts(x.device.type):
+            residual = residual.to(z.dtype)  # the result has the convolution's dtype
+        return _activated(z, residual, self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + _backend_repr(self.backend)
+
+
+def _activated(z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """act(z + residual), by torch."""
+    z = z if residual is None else z + residual
+    return torch.relu(z) if activation == "relu" else z
 
 
 def _backend_repr(backend: str | None) -> str:

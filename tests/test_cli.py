@@ -302,6 +302,7 @@ def test_tune_hands_on_what_it_is_given_and_says_why_not(monkeypatch):
     told = invoke("tune")
     assert told.exit_code == 1 and told.stderr == "resfuse: candidates disagree\n"
     assert calls[1] == ("cuda", ["resnet50"], [torch.bfloat16])
+    assert "device must not be cpu" in refused("tune", "--device", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch finds no NVIDIA GPU" in refused("tune")
     monkeypatch.setitem(sys.modules, "resfuse.bench.tune", None)

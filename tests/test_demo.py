@@ -100,6 +100,13 @@ def test_the_command_exits_with_0(tiny, tmp_path):
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 
+def test_a_folder_that_cannot_be_stops_before_anything_is_measured(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_measure", lambda *_: pytest.fail("it measures"))
+    (tmp_path / "file").touch()
+    result = invoke("--output", tmp_path / "file", "--quick")
+    assert result.exit_code == 2 and f"cannot write to {tmp_path / 'file'}" in result.output
+
+
 def test_a_broken_bound_exits_with_1(tiny, tmp_path, monkeypatch):
     correct = reference.bn_act
     monkeypatch.setattr(reference, "bn_act", lambda *args, **kwargs: correct(*args, **kwargs) * 1.001)

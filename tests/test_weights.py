@@ -67,6 +67,14 @@ def test_misfit_names_everything_and_leaves_the_model_alone(tiny, tmp_path):
         assert message.endswith("shape mismatches: conv1.weight must be (16, 3, 3, 3), got (16, 1, 3, 3)")
         assert (str(path) in message) == (weights is path)
         assert_same_state(tiny.state_dict(), before)
+    for value, message in (
+        (torch.zeros(10, 64).to_sparse(), "got a torch.sparse_coo tensor at 'fc.weight'"),
+        (torch.zeros(10, 64, dtype=torch.int8), "dtype mismatches: fc.weight must be torch.float32, got torch.int8"),
+        (torch.quantize_per_tensor(torch.zeros(10, 64), 1.0, 0, torch.qint8), "got torch.qint8 at 'fc.weight'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_weights(tiny, {key: tensor + 1 for key, tensor in before.items()} | {"fc.weight": value})
+        assert_same_state(tiny.state_dict(), before)
     with pytest.raises(ValueError, match=r"missing keys: conv1.weight, bn1.weight, .* and 27 more"):
         load_weights(tiny, {})
 

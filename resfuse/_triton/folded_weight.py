@@ -28,7 +28,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
     """a^T b."""
-    like = torch.empty(a.shape[1], b.shape[1], 1, 1, device=a.device)
+    like = torch.empty(a.shape[1], b.shape[1], 1, 1, dtype=torch.float32, device=a.device)
     return conv_stats_backward(
         _as_image(a), *_NONE, False, _as_image(b), None, None, like, False, *_UNIT, None, False, True
     )[1].flatten(1)  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +32,17 @@ def stop(reason: object, code: int = UNUSABLE) -> typer.Exit:
     """The exception that ends a command, with one line on the error stream."""
     print(f"resfuse: {reason}", file=sys.stderr)
     return typer.Exit(code)
+
+
+def made_folder(path: Path) -> Path:
+    """The folder, made if it is missing; else the command stops."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise stop(f"cannot write to {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise stop(f"cannot write to {path}: {os.strerror(errno.EACCES)}")
+    return path
 
 
 def one_of(kind: str, name: str, choices: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resfuse.cli.common import OK, WRONG, checked_backend, import_or_stop
+from resfuse.cli.common import OK, WRONG, checked_backend, import_or_stop, made_folder
 
 
 def demo(
@@ -20,5 +20,6 @@ def demo(
     Exits with 1 if a parity bound is broken, and with 2 if the demonstration cannot run.
     """
     run, settings = (import_or_stop(f"resfuse.demo.{name}", "the demo", "demo") for name in ("run", "settings"))
-    held = run.run(output, settings.QUICK if quick else settings.FULL, checked_backend(backend))
+    chosen = checked_backend(backend)
+    held = run.run(made_folder(output), settings.QUICK if quick else settings.FULL, chosen)
     raise typer.Exit(OK if held else WRONG)

@@ -13,7 +13,17 @@ from resfuse.bench import profiling
 from resfuse.bench.environment import describe, environment
 from resfuse.bench.profiling import Profile
 from resfuse.bench.workload import PRECISIONS, Task
-from resfuse.cli.common import at_least, checked_device, checked_dtypes, checked_model, console, one_of, say, stop
+from resfuse.cli.common import (
+    at_least,
+    checked_device,
+    checked_dtypes,
+    checked_model,
+    console,
+    made_folder,
+    one_of,
+    say,
+    stop,
+)
 
 _MODES = ("training", "forward", "backward", "inference")
 _SHOWN = 8
@@ -39,10 +49,7 @@ def profile(
     at_least("batch", batch)
     at_least("size", size, 8)
     batch, size = (2, 64) if quick else (batch, size)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise stop(f"cannot write to {output}: {error.strerror}") from None
+    made_folder(output)
     found = {}
     for name, variant in (("stock", "eager"), ("fused", "fused")):
         with console.status(f"{model}, {name}"):

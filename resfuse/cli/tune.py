@@ -22,7 +22,8 @@ def tune(
     Exits with 2 where there is no GPU.
     """
     tuning = import_or_stop("resfuse.bench.tune", "kernels to tune: it needs Triton kernels on a GPU", "triton")
-    checked_device(device)
+    if checked_device(device) == "cpu":
+        raise stop("tune measures kernels on a GPU: device must not be cpu")
     names = [checked_model(name) for name in models or ["resnet50"]]
     dtypes = [getattr(torch, name) for name in all_of("dtype", dtype, _DTYPES, ["bfloat16"])]
     try:

@@ -55,6 +55,7 @@ def run(output: Path, settings: Settings = FULL, backend: str | None = None, con
 
     Raises:
         ValueError, RuntimeError: as :func:`choose_backend`, before anything is measured.
+        OSError: there can be no such folder, before anything is measured.
     """
     console = console or Console()
     chosen, line = choose_backend(backend)
@@ -62,12 +63,12 @@ def run(output: Path, settings: Settings = FULL, backend: str | None = None, con
         console.print(line, style="yellow", soft_wrap=True)
     where = environment()
     console.print(describe(where), style="dim", highlight=False, soft_wrap=True)
+    output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     photos = data.load_photos(settings.photos, settings.photo_size)
     report: dict[str, Any] = {"environment": where, "backend": chosen, "settings": asdict(settings)}
     report.update(_measure(photos, settings, chosen, console))
     report["seconds"] = round(time.perf_counter() - start, 1)
-    output.mkdir(parents=True, exist_ok=True)
     (output / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(report, photos, output / "demo.png")
     _print(report, output, console)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resfuse.backends import DTYPES
 from resfuse.folding import families  # noqa: F401  registers the rules of blocks and networks
 from resfuse.folding.engines import choose
 from resfuse.folding.merge import merge
@@ -51,8 +52,8 @@ def fold(
         `dtype`. It has save and load, a state_dict of its own, and can be copied, pickled, compiled and exported.
 
     Raises:
-        TypeError: `model` is no nn.Module, or its forward cannot be called with one tensor; or `dtype` is no floating
-            one, or `memory_format` none.
+        TypeError: `model` is no nn.Module, or its forward cannot be called with one tensor; or `dtype` is not float16,
+            bfloat16, float32 or float64; or another argument is of the wrong type.
         ValueError: a module is in training mode, has no running statistics, or has a hook, a parametrization or a
             forward of its own that folding would drop; a convolution is shared by two normalisations; or a folded
             weight is NaN or infinite. The message names the module.
@@ -67,8 +68,12 @@ def fold(
     first = next((tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()), None)
     own = torch.get_default_dtype() if first is None else first.dtype
     dtype = own if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+    if not isinstance(example_input, Tensor | None):
+        raise TypeError(f"example_input must be a tensor or None, got {type(example_input).__name__}")
+    if not isinstance(backend, str | None):
+        raise TypeError(f"backend must be a string or None, got {backend!r}")
     options = _Options(dtype, layout, backend, torch.float64 if own == torch.float64 else torch.float32)
     folded = _folded(*_walk(model, "", options), options)
     device = torch.device("cpu") if first is None else first.device
@@ -131,7 +136,7 @@ def _fold_part(part: nn.Module, path: str, options: _Options) -> Folded | None:
 
 def _folded(walk: Walk, plan: Plan, options: _Options) -> Folded:
     dtype = options.dtype
-    with torch.no_grad():
-        folding = merge(plan, walk.tensors, dtype)
+    with torch.inference_mode(False), torch.no_grad():  # its tensors may be called for a gradient later
+        folding = merge(plan, {name: tensor.clone() for name, tensor in walk.tensors.items()}, dtype)
     modules = {path: module.to(dtype).requires_grad_(False) for path, module in walk.modules.items()}
     return Folded(folding, modules, walk.reasons, dtype, options.memory_format, options.backend)

@@ -17,8 +17,8 @@ from resfuse.ops import accumulate_dtype
 
 
 def write(path: str | os.PathLike[str], data: Any) -> None:
-    """Write data to a file beside its place, then rename it: a failure leaves the old file."""
-    target = Path(path)
+    """Write data to a file beside its place, then rename it: a failure leaves the old file. A link stays a link."""
+    target = Path(path).resolve()
     fresh = target.with_name(f"{target.name}.{uuid.uuid4().hex}")  # of its own: two may save to one place
     try:
         with fresh.open("xb") as file:
@@ -33,6 +33,7 @@ def write(path: str | os.PathLike[str], data: Any) -> None:
 
 def read(path: str | os.PathLike[str], device: str | torch.device) -> Any:
     """What a file holds, mapped; ValueError, with its path, if it cannot be read."""
+    torch.empty(0, device=device)  # a device that is not there is no fault of the file
     Path(path).open("rb").close()  # a missing or forbidden file is reported by Python
     try:
         return torch.load(path, map_location=device, weights_only=True, mmap=True)
@@ -57,12 +58,15 @@ def check_tensors(plan: Plan, tensors: Mapping[str, Tensor], dtype: torch.dtype)
             raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}")
     channels: dict[int, int | None] = {INPUT: None}
     pooled: dict[int, int] = {}  # the pixels of what adaptive pools write
+    flat: set[int] = set()  # what a linear layer multiplies the channels of: of maps it is the last axis
     for step in plan.steps:
         lacking = [name for name in step.tensors if name not in tensors]
         if lacking or isinstance(step, plans.Stock):
             raise ValueError(f"{step} lacks {', '.join(lacking) or 'its module'}")
         shapes = [tuple(tensors[name].shape) for name in step.tensors]
-        made = _channels(step, shapes, [channels[value] for value in step.reads])
+        made = _channels(step, shapes, [channels[value] for value in step.reads], step.input in flat)
+        if isinstance(step, plans.Flatten) or (step.input in flat and isinstance(step, plans.Linear | plans.Ending)):
+            flat.add(step.output)
         if isinstance(step, plans.AdaptivePool):
             pooled[step.output] = step.output_size[0] * step.output_size[1]
         elif isinstance(step, plans.Flatten):
@@ -70,7 +74,7 @@ def check_tensors(plan: Plan, tensors: Mapping[str, Tensor], dtype: torch.dtype)
         channels[step.output] = made
 
 
-def _channels(step: Step, shapes: list[tuple[int, ...]], read: list[int | None]) -> int | None:
+def _channels(step: Step, shapes: list[tuple[int, ...]], read: list[int | None], flat: bool) -> int | None:
     """The channels of a step's result, None where nothing says how many; ValueError if its tensors do not fit."""
     made, inputs = read[0], read[0]
     fits = True
@@ -80,6 +84,8 @@ def _channels(step: Step, shapes: list[tuple[int, ...]], read: list[int | None])
     elif isinstance(step, plans.Linear):
         fits = len(shapes[0]) == 2
         made, inputs = shapes[0][0], shapes[0][-1]
+        if not flat:  # nothing is known of the last axis
+            read = [None]
     elif isinstance(step, plans.PadShortcut):
         made = step.channels
     elif isinstance(step, plans.Concatenate):
@@ -91,4 +97,4 @@ def _channels(step: Step, shapes: list[tuple[int, ...]], read: list[int | None])
     fits = fits and all(shape == (made,) for shape in vectors) and (read[0] is None or inputs == read[0])
     if not fits:
         raise ValueError(f"tensors of shapes {shapes} do not fit {step}, which reads {read[0]} channels")
-    return made
+    return None if isinstance(step, plans.Linear) and not flat else made

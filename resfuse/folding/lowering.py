@@ -66,6 +66,11 @@ def _output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation
     return height, width
 
 
+def _check_channels(step: plans.Step, wanted: int, channels: int) -> None:
+    if wanted != channels:
+        raise RuntimeError(f"{step.names[0]} takes {wanted} channels, and its input has {channels}")
+
+
 def _padded(vector: Tensor) -> Tensor:
     return F.pad(vector.detach().float(), (0, -len(vector) % PANEL))
 
@@ -146,13 +151,18 @@ class _Draft:
         if isinstance(step, plans.Convolution):
             weight = self.lowering.weights[step.weight]
             kernel = (weight[2], weight[3])
+            _check_channels(step, weight[1] * step.groups, channels)
             return weight[0], *_output_size((height, width), kernel, step.stride, step.padding, step.dilation)
         if isinstance(step, plans.MaxPool):
             return channels, *_output_size((height, width), step.kernel_size, step.stride, step.padding, (1, 1))
         if isinstance(step, plans.AdaptivePool):
             return channels, 1, 1
         if isinstance(step, plans.Linear):
-            return self.lowering.weights[step.weight][0], 1, 1
+            weight = self.lowering.weights[step.weight]
+            _check_channels(step, weight[1], channels)
+            return weight[0], 1, 1
+        if isinstance(step, plans.ScaleShiftAct) and step.scale is not None:
+            _check_channels(step, len(self.lowering.tensors[step.scale]), channels)
         return channels, height, width
 
     def _winograd(self, step: plans.Convolution) -> bool:

@@ -16,7 +16,16 @@ from resfuse.folding import engines, files
 from resfuse.folding.engines import reference
 from resfuse.folding.merge import Folding
 from resfuse.folding.pages import OneAtATime
-from resfuse.folding.plan import INPUT, Convolution, Stock, plan_from_data
+from resfuse.folding.plan import (
+    INPUT,
+    AdaptivePool,
+    AveragePool,
+    Convolution,
+    MaxPool,
+    ScaleShiftAct,
+    Stock,
+    plan_from_data,
+)
 from resfuse.fusion import BlockReport, Explanation
 from resfuse.ops import accumulate_dtype
 
@@ -96,7 +105,7 @@ class Folded(nn.Module):
                 return self._laid_out(self._first(x) if run is None else run(x))
 
     def _check(self, x: Tensor) -> None:
-        """Raise an error that says what x must be; a network whose first step is no convolution takes any shape."""
+        """Raise an error that says what x must be: of any shape where no convolution or normalisation reads it."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
@@ -266,10 +275,17 @@ class FoldedExplanation(Explanation):
 
 
 def _input_channels(folding: Folding) -> int | None:
-    """The channels of the network's input, where a convolution reads it."""
+    """The channels of the network's input, where a convolution or a normalisation reads it, or its pools."""
+    like_input = {INPUT}
     for step in folding.plan.steps:
-        if isinstance(step, Convolution) and step.input == INPUT:
+        if step.input not in like_input:
+            continue
+        if isinstance(step, Convolution):
             return folding.tensors[step.weight].shape[1] * step.groups
+        if isinstance(step, ScaleShiftAct) and step.scale is not None:
+            return len(folding.tensors[step.scale])
+        if isinstance(step, ScaleShiftAct | MaxPool | AveragePool | AdaptivePool):
+            like_input.add(step.output)
     return None
 
 

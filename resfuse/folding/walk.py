@@ -71,7 +71,9 @@ def joined(name: str, child: str) -> str:
 
 
 def _pair(value: Any) -> Pair:
-    first, second = (value, value) if isinstance(value, int) else value
+    """Two numbers, from one, from two, or from a sequence of one, as torch's functions take them."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    first, second = values * 2 if len(values) == 1 else values
     return int(first), int(second)
 
 
@@ -334,7 +336,7 @@ def average_pool(walk: Walk, pool: nn.AvgPool2d, name: str, x: int) -> int:
 @rule("torch.nn.modules.pooling.AdaptiveAvgPool2d")
 def adaptive_pool(walk: Walk, pool: nn.AdaptiveAvgPool2d, name: str, x: int) -> int:
     size = pool.output_size
-    if size is None or (isinstance(size, tuple) and None in size):
+    if size is None or (not isinstance(size, int) and None in size):
         return walk.stock(pool, name, x, "it keeps a size of its input")
     return walk.write(plans.AdaptivePool, x, name, output_size=_pair(size))
 

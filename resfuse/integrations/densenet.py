@@ -33,7 +33,8 @@ class DenseLayerMixin(nn.HandsOn):
     def why_stock_mode(cls, block: Any) -> str | None:
         return "dropout changes its output in training" if block.drop_rate > 0 and block.training else None
 
-    def run(self, x: list[Tensor], moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
+    def run(self, x: Tensor | list[Tensor], moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
+        x = [x] if isinstance(x, Tensor) else x
         if self.why_stock(x[0]) is not None:
             return self._stock_forward(x), None
         features = x[0] if len(x) == 1 else torch.cat(x, 1)

@@ -79,13 +79,22 @@ class FusedVGG(_FusedFeatures, vgg.VGG):
 class FusedDenseLayer(DenseLayerMixin, densenet._DenseLayer):
     """torchvision's dense layer, fused."""
 
+    def forward(self, input: Tensor | list[Tensor]) -> Tensor:
+        return super().forward(input)
+
 
 class FusedDenseBlock(DenseBlockMixin, densenet._DenseBlock):
     """torchvision's dense block, fused."""
 
+    def forward(self, init_features: Tensor) -> Tensor:
+        return super().forward(init_features)
+
 
 class FusedTransition(TransitionMixin, densenet._Transition):
     """torchvision's transition, fused."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
 class FusedDenseNet(_FusedFeatures, densenet.DenseNet):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Conv2d
 
 from resfuse import functional, guards, nn
+from resfuse._calls import convolved_dtype
 from resfuse.guards import Parts
 from resfuse.models.units import ORDERS, ResidualUnit
 from resfuse.parameters import Moments
@@ -40,7 +41,8 @@ class FusedResidualUnit(nn.HandsOn, ResidualUnit):
         return super().why_stock_children(block)
 
     def run(self, x: Tensor, moments: Moments | None, wanted: bool) -> tuple[Tensor, Moments | None]:
-        if self.why_stock(x) is not None:
+        # under autocast the sum with a wider x is as wide as x, in stock
+        if self.why_stock(x) is not None or x.dtype != convolved_dtype(x.device.type, x.dtype):
             return self._stock_forward(x), None
         return _COMPOSITIONS[self.order](self, x, moments, wanted)
 
@@ -56,7 +58,8 @@ class FusedResidualUnit(nn.HandsOn, ResidualUnit):
         norms: list[Any] = [nn.batch_norm_parameters(children[name]) for name in parts.norms]
         closing = norms.pop() if self.exit else None
         if len(norms) < len(convs):
-            norms.insert(0, None)  # x is read as it is
+            norms.insert(0, None)  # x is read as it is, so its moments are of no use
+            moments = None
         if not self.clean and type(self.downsample) is Conv2d:
             shortcut: Any = nn.conv_parameters(self.downsample)
         else:

@@ -99,8 +99,10 @@ def _check_plain(state: object, origin: str) -> None:
             raise ValueError(f"{rule}, got {type(value).__name__} at {key!r}{hint}")
         if value.is_meta:
             raise ValueError(f"{rule}, got a tensor without data (meta device) at {key!r}")
-        if value.is_complex():  # copying it would drop the imaginary part
+        if value.is_complex() or value.is_quantized:  # copying it would drop the imaginary part, or fail half-way
             raise ValueError(f"{rule}, got {value.dtype} at {key!r}")
+        if value.layout != torch.strided:
+            raise ValueError(f"{rule}, got a {value.layout} tensor at {key!r}")
 
 
 def _check_fit(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], problem: str) -> None:
@@ -111,12 +113,18 @@ def _check_fit(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.T
         for key, tensor in state.items()
         if key in expected and tensor.shape != expected[key].shape
     ]
+    other_kinds = [
+        f"{key} must be {expected[key].dtype}, got {tensor.dtype}"
+        for key, tensor in state.items()
+        if key in expected and expected[key].is_floating_point() and not tensor.is_floating_point()
+    ]
     findings = [
         f"{title}: {_first_few(entries)}"
         for title, entries in (
             ("missing keys", missing),
             ("unexpected keys", unexpected),
             ("shape mismatches", mismatched),
+            ("dtype mismatches", other_kinds),
         )
         if entries
     ]

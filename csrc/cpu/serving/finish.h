@@ -2,8 +2,8 @@
 // stored.
 //
 //   out = act(bias + sum over taps and input channels of a[pixel][k] * b[k][lane] + residual)
-// Units and panels are microkernel.h's. The k of a second activation, a projection shortcut's, may follow those of the
-// first.
+// Units and panels are microkernel.h's, and so is the rule that a long sum is one of sums: those before the last lie in
+// memory. The k of a second activation, a projection shortcut's, may follow those of the first.
 #pragma once
 
 #include "../tiles/microkernel.h"
@@ -61,7 +61,14 @@ __attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands
                                              int64_t b_panel, const Finish<T>& to, Ahead ahead) {
   constexpr int kSide = kPanelVectors<V>;
   Lanes sum[R][V];
-  for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = load_lanes(to.bias + v * kLanes); });
+  for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] = zero_lanes(); });
+  alignas(64) float sums[R * V * kLanes];  // of the parts before
+  bool first = true;
+  const auto add_sums = [&]() RESFUSE_INLINE_LAMBDA {
+    if (first) return;
+    for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] += load_lanes(sums + (r * V + v) * kLanes); });
+  };
+  int64_t left = kSumSteps;
   for (int r = 0; r < R; ++r) {
     prefetch_pixel<T, V>(to.out + r * to.out_step);
     if (to.residual != nullptr) prefetch_pixel<T, V>(to.residual + r * to.residual_step);
@@ -70,12 +77,28 @@ __attribute__((noinline)) void finish_pixels(const Operand<unit_t<T>> (&operands
     const int64_t step = a.step;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
       const unit_t<T>* at = a.at + run->offset;
-      for (const unit_t<T>* end = at + run->units; at < end; ++at, b += kSide * kLanes) {
-        ask(ahead);
-        multiply_step<unit_t<T>, V, R>(at, step, b, b_panel, sum);
+      const unit_t<T>* end = at + run->units;
+      while (at < end) {
+        if (left == 0) {
+          add_sums();
+          for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA {
+            store_lanes(sums + (r * V + v) * kLanes, sum[r][v]);
+            sum[r][v] = zero_lanes();
+          });
+          first = false;
+          left = kSumSteps;
+        }
+        const unit_t<T>* stop = at + std::min<int64_t>(end - at, left);
+        left -= stop - at;
+        for (; at < stop; ++at, b += kSide * kLanes) {
+          ask(ahead);
+          multiply_step<unit_t<T>, V, R>(at, step, b, b_panel, sum);
+        }
       }
     }
   }
+  add_sums();
+  for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA { sum[r][v] += load_lanes(to.bias + v * kLanes); });
   if (to.residual != nullptr)
     for_sums<R, V>([&](auto r, auto v) RESFUSE_INLINE_LAMBDA {
       sum[r][v] += load_lanes(to.residual + r * to.residual_step + v * kLanes);

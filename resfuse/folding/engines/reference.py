@@ -31,6 +31,9 @@ def scale_shift_act(step: plans.ScaleShiftAct, tensors: Mapping[str, Tensor], x:
     if step.scale is None or step.shift is None:
         out = x
     else:
+        channels = len(tensors[step.scale])
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"the input of {step.names[0]} must be (N, {channels}, H, W), got {tuple(x.shape)}")
         scale, shift = (tensors[name][:, None, None] for name in (step.scale, step.shift))
         out = x.to(ops.accumulate_dtype(x.dtype)) * scale + shift
     return activated(step, out + residual[0] if residual else out).to(x.dtype)

@@ -96,18 +96,25 @@ class _Piece(NamedTuple):
     dying: tuple[int, ...]
 
 
-def _pixels(plan: Plan) -> set[int]:
-    """The values of one pixel: global averages, and what flattens or multiplies them."""
-    found: set[int] = set()
+def _pixels(plan: Plan) -> dict[int, bool]:
+    """The values of one pixel, and whether they are flattened: global averages, and what flattens or multiplies them.
+
+    A linear layer multiplies channels only behind a Flatten: else the last axis of maps.
+    """
+    found: dict[int, bool] = {}
     for step in plan.steps:
-        averaged = isinstance(step, plans.AdaptivePool) and step.output_size == (1, 1)
-        alone = isinstance(step, plans.ScaleShiftAct) and step.residual is None
-        if averaged or ((alone or isinstance(step, plans.Flatten | plans.Linear)) and step.input in found):
-            found.add(step.output)
+        if isinstance(step, plans.AdaptivePool) and step.output_size == (1, 1):
+            found[step.output] = False
+        elif step.input in found:
+            flat = found[step.input]
+            if isinstance(step, plans.Flatten) or (isinstance(step, plans.Linear) and flat):
+                found[step.output] = True
+            elif isinstance(step, plans.ScaleShiftAct) and step.residual is None:
+                found[step.output] = flat
     return found
 
 
-def _native(step: Step, pixels: set[int]) -> bool:
+def _native(step: Step, pixels: Mapping[int, bool]) -> bool:
     """Whether `run_plan` knows a step."""
     if isinstance(step, plans.Convolution | plans.ScaleShiftAct):
         return step.activation in _ACTIVATIONS and step.input not in pixels
@@ -115,7 +122,7 @@ def _native(step: Step, pixels: set[int]) -> bool:
         inside = all(2 * p <= k for p, k in zip(step.padding, step.kernel_size, strict=True))
         return step.dilation == (1, 1) and not step.ceil_mode and inside and step.input not in pixels
     if isinstance(step, plans.Linear):
-        return step.activation in _ACTIVATIONS and step.input in pixels
+        return step.activation in _ACTIVATIONS and pixels.get(step.input, False)
     return isinstance(step, plans.AdaptivePool | plans.Flatten) and step.output in pixels
 
 
@@ -129,7 +136,7 @@ def _cut(plan: Plan) -> list[list[Step]]:
     return cut
 
 
-def _worthwhile(steps: list[Step], pixels: set[int]) -> bool:
+def _worthwhile(steps: list[Step], pixels: Mapping[int, bool]) -> bool:
     """Whether `run_plan` takes these steps: it knows them all, and what they compute pays for two copies."""
     multiplies = any(isinstance(step, plans.Convolution | plans.Linear) for step in steps)
     return multiplies and all(_native(step, pixels) for step in steps)
