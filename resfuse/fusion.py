@@ -122,8 +122,8 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         found.append((name, module))
         for child in (fused or FusedBlock).answers_for:
             part = module._modules.get(child)
-            if child == "downsample" and not is_projection(part):
-                continue  # it is called as it is
+            if fused is not None and child == "downsample" and not is_projection(part):
+                continue  # a fused block calls it as it is
             inside.update(id(each) for each in (part.modules() if part is not None else ()))
     return found
 

@@ -46,8 +46,9 @@ def why_not_conv(conv: nn.Module | None, name: str) -> str | None:
         return f"{name} pads with {conv.padding_mode!r}, not zeros"
     if "_conv_forward" in conv.__dict__:
         return f"{name} has its own _conv_forward"
-    if type(conv.weight) not in (nn.Parameter, Tensor):  # which may compute a convolution of its own
-        return f"{name}'s weight is a {type(conv.weight).__name__}"
+    weight = conv._parameters.get("weight", conv.__dict__.get("weight"))  # not by its name, which torch.fx would record
+    if type(weight) not in (nn.Parameter, Tensor):  # it may compute a convolution of its own
+        return f"{name}'s weight is a {type(weight).__name__}"
     return None
 
 
