@@ -47,7 +47,8 @@ def why_not_conv(conv: nn.Module | None, name: str) -> str | None:
     if "_conv_forward" in conv.__dict__:
         return f"{name} has its own _conv_forward"
     weight = conv._parameters.get("weight", conv.__dict__.get("weight"))  # not by its name, which torch.fx would record
-    if type(weight) not in (nn.Parameter, Tensor):  # it may compute a convolution of its own
+    own = getattr(getattr(type(weight), "__torch_function__", None), "__func__", None)
+    if own not in (None, Tensor.__torch_function__.__func__):  # type: ignore[attr-defined]  # it may convolve on its own
         return f"{name}'s weight is a {type(weight).__name__}"
     return None
 
