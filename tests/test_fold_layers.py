@@ -139,3 +139,10 @@ def test_a_device_that_is_not_there_is_not_blamed_on_the_file(tmp_path):
     resfuse.fold(sequential(*conv())).save(tmp_path / "network.pt")
     with pytest.raises(RuntimeError, match="nope"):
         resfuse.Folded.load(tmp_path / "network.pt", device="nope")
+
+
+def test_a_normalisation_is_traced():
+    model = sequential(nn.BatchNorm2d(3), nn.ReLU(), *conv())
+    x = torch.randn(2, 3, 4, 4)
+    traced = torch.fx.symbolic_trace(resfuse.fold(model))
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-5, atol=1e-5)

@@ -137,6 +137,6 @@ def _fold_part(part: nn.Module, path: str, options: _Options) -> Folded | None:
 def _folded(walk: Walk, plan: Plan, options: _Options) -> Folded:
     dtype = options.dtype
     with torch.inference_mode(False), torch.no_grad():  # its tensors may be called for a gradient later
-        folding = merge(plan, {name: tensor.clone() for name, tensor in walk.tensors.items()}, dtype)
+        folding = merge(plan, walk.tensors, dtype)
     modules = {path: module.to(dtype).requires_grad_(False) for path, module in walk.modules.items()}
     return Folded(folding, modules, walk.reasons, dtype, options.memory_format, options.backend)

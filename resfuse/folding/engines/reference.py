@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfuse import ops
 from resfuse.folding import plan as plans
 from resfuse.folding.plan import INPUT, Plan, Step
 
@@ -32,10 +31,10 @@ def scale_shift_act(step: plans.ScaleShiftAct, tensors: Mapping[str, Tensor], x:
         out = x
     else:
         channels = len(tensors[step.scale])
-        if x.dim() != 4 or x.shape[1] != channels:
+        if not isinstance(x, torch.fx.Proxy) and (x.dim() != 4 or x.shape[1] != channels):
             raise ValueError(f"the input of {step.names[0]} must be (N, {channels}, H, W), got {tuple(x.shape)}")
         scale, shift = (tensors[name][:, None, None] for name in (step.scale, step.shift))
-        out = x.to(ops.accumulate_dtype(x.dtype)) * scale + shift
+        out = x.to(scale.dtype) * scale + shift
     return activated(step, out + residual[0] if residual else out).to(x.dtype)
 
 
