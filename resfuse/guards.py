@@ -5,7 +5,7 @@ Each function says why not, in words for :func:`resfuse.explain`, or None.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,16 @@ def why_not_conv(conv: nn.Module | None, name: str) -> str | None:
         return f"{name} pads with {conv.padding_mode!r}, not zeros"
     if "_conv_forward" in conv.__dict__:
         return f"{name} has its own _conv_forward"
-    weight = conv._parameters.get("weight", conv.__dict__.get("weight"))  # not by its name, which torch.fx would record
-    own = getattr(getattr(type(weight), "__torch_function__", None), "__func__", None)
-    if own not in (None, Tensor.__torch_function__.__func__):  # type: ignore[attr-defined]  # it may convolve on its own
+    weight = conv._parameters.get("weight", conv.__dict__.get("weight"))  # not by its name: torch.fx would record it
+    if _computes_itself(weight):
         return f"{name}'s weight is a {type(weight).__name__}"
     return None
+
+
+def _computes_itself(weight: Any) -> bool:
+    """Whether a weight has a __torch_function__ of its own, in which it may convolve as it likes."""
+    own = getattr(getattr(type(weight), "__torch_function__", None), "__func__", None)
+    return own not in (None, Tensor.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 
 def why_not_norm(bn: nn.Module | None, name: str) -> str | None:
